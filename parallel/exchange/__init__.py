@@ -1,0 +1,1 @@
+"""The exchanges that carry state between the ranks of a sequence."""

@@ -1,0 +1,1 @@
+"""Sharded, hashed checkpoints."""

@@ -1,0 +1,1 @@
+"""Configuration: typed sections, layered TOML files, provenance of every value."""

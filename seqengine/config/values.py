@@ -1,0 +1,66 @@
+"""Building blocks of the config: the strict section, and the numbers that people write (1k, 1Ki, 10B, 30min, 1%).
+
+Every section of a run's config derives from `Section`; a component may keep its own section beside its code. This module
+imports nothing of the project, so any file may import it.
+"""
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+
+class Section(BaseModel):
+    """A table of the config: unknown keys and wrong types are errors, values are frozen once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+
+_COUNT = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*(Ki|Mi|Gi|Ti|k|K|M|G|B|T)?\s*")
+_MULTIPLE = {
+    None: 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12,
+    "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40,
+}  # fmt: skip
+_DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(s|sec|min|m|h|d)\s*")
+_SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_PERCENT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*")
+
+
+def parse_count(value: Any) -> Any:
+    """'1k' -> 1000, '1Ki' -> 1024, '10B' -> 10**10, '2.5M' -> 2500000; anything else is returned for pydantic to judge."""
+    if isinstance(value, str):
+        match = _COUNT.fullmatch(value)
+        if match is None:
+            raise ValueError("must be a whole number such as 1000, '1k', '1Ki', '2.5M' or '10B'")
+        number, suffix = match.groups()
+        scaled = float(number.replace("_", "")) * _MULTIPLE[suffix]
+        if scaled != int(scaled):
+            raise ValueError("must be a whole number once its suffix is applied")
+        return int(scaled)
+    return value
+
+
+def parse_fraction(value: Any) -> Any:
+    """'1%' -> 0.01; numbers pass through."""
+    if isinstance(value, str):
+        match = _PERCENT.fullmatch(value)
+        if match is None:
+            raise ValueError("must be a number or a percentage such as '1%'")
+        return float(match.group(1)) / 100.0
+    return value
+
+
+def parse_duration(value: Any) -> Any:
+    """'90s' -> 90.0, '30min' -> 1800.0, '2h' -> 7200.0; numbers are seconds."""
+    if isinstance(value, str):
+        match = _DURATION.fullmatch(value)
+        if match is None:
+            raise ValueError("must be a duration such as '90s', '30min' or '2h'")
+        number, unit = match.groups()
+        return float(number) * _SECONDS[unit]
+    return value
+
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+Fraction = Annotated[float, BeforeValidator(parse_fraction)]
+Seconds = Annotated[float, BeforeValidator(parse_duration)]

@@ -1,0 +1,1 @@
+"""From FASTA to the slice of a window that a rank reads."""

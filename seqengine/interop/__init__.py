@@ -1,0 +1,1 @@
+"""Weights as others publish them, in and out."""

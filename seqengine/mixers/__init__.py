@@ -1,0 +1,1 @@
+"""Sequence mixers: (inputs, state) -> (outputs, state), one file each."""

@@ -1,1 +1,187 @@
-"""placeholder"""
+"""The Hyena operator with its implicit filter, as in HyenaDNA.
+
+Poli et al. 2023, arXiv:2302.10866 (operator, filter); Nguyen et al. 2023, arXiv:2306.15794 (the DNA model's sizes).
+"""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Annotated, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from seqengine.config.values import Section
+from seqengine.kernels import api as kernels
+from seqengine.parallel import api as parallel
+from seqengine.parallel.context import SequenceContext
+
+
+class FilterConfig(Section):
+    """[model.filter]: the implicit long filter."""
+
+    order: Annotated[int, Field(gt=0)] = 64
+    """Width of the filter's network."""
+    emb_dim: Annotated[int, Field(ge=3)] = 5
+    """Positional features: time, and (emb_dim - 1) / 2 cosines and sines; odd."""
+    sine_w: float = 10.0
+    """Initial frequency of the sine activations."""
+    inner_layers: Annotated[int, Field(ge=0)] = 2
+    """Hidden layers after the first."""
+    shift: float = 0.05
+    """Floor of the exponential window."""
+
+
+FAST_DECAY, SLOW_DECAY, DECAY_TARGET = 0.3, 1.5, 1e-2
+"""The window of the fastest channel falls to DECAY_TARGET after 0.3 of l_max, that of the slowest would after 1.5."""
+
+
+def positional_features(l_max: int, emb_dim: int) -> Tensor:
+    """z [l_max, emb_dim] float64: time in [0, 1], then cos and -sin of (emb_dim - 1) / 2 frequencies."""
+    bands = (emb_dim - 1) // 2
+    time = torch.linspace(0, 1, l_max, dtype=torch.float64)[:, None]
+    angle = 2 * math.pi * torch.arange(l_max, dtype=torch.float64)[:, None] / l_max
+    frequency = torch.linspace(1e-4, bands - 1, bands, dtype=torch.float64)[None]
+    return torch.cat([time, torch.cos(frequency * angle), -torch.sin(frequency * angle)], dim=1)
+
+
+class ImplicitFilter(nn.Module):
+    """k[c, t] = MLP(z_t)[c] * (exp(-t |delta_c| / (l_max - 1)) + shift): filters as a function of time.
+
+    The filters depend on l_max: a model asked for fewer taps cuts them, it does not squeeze them. All sine activations
+    share one trained frequency per hidden unit. Computed in float32 at least, whatever autocast says.
+    """
+
+    z: Tensor
+    decay: Tensor
+
+    def __init__(self, channels: int, l_max: int, config: FilterConfig) -> None:
+        super().__init__()
+        if config.emb_dim % 2 == 0:
+            raise ValueError(
+                f"model.filter.emb_dim must be odd (time and pairs of cosine and sine); got {config.emb_dim}."
+            )
+        self.channels, self.l_max, self.shift = channels, l_max, config.shift
+        widths = [config.emb_dim] + [config.order] * (config.inner_layers + 1)
+        self.hidden_layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.output = nn.Linear(config.order, channels, bias=False)
+        self.frequency = nn.Parameter(torch.full((config.order,), config.sine_w))
+        fast, slow = math.log(DECAY_TARGET) / FAST_DECAY, math.log(DECAY_TARGET) / SLOW_DECAY
+        self.register_buffer("z", positional_features(l_max, config.emb_dim).float(), persistent=False)
+        self.register_buffer("decay", torch.linspace(slow, fast, channels).abs(), persistent=False)
+
+    def set_features(self, z: Tensor) -> None:
+        """Use trained positional features z [l_max, emb_dim] in place of the analytic ones, and save them from now on."""
+        self.register_buffer("z", z.to(self.z), persistent=True)
+
+    def hidden(self, length: int) -> Tensor:
+        """[length, order]: the last hidden layer, shared by all channels."""
+        if length > self.l_max:
+            raise ValueError(f"ImplicitFilter: at most l_max={self.l_max} taps; got {length}. Raise model.max_len.")
+        h = self.z[:length].to(self.output.weight.dtype)
+        for layer in self.hidden_layers:
+            h = torch.sin(self.frequency * layer(h))
+        return h
+
+    def taps(self, hidden: Tensor, channels: slice) -> Tensor:
+        """[C, length]: the filters of some channels."""
+        time = self.z[: hidden.shape[0], 0]
+        window = torch.exp(-self.decay[channels, None] * time) + self.shift
+        return (self.output.weight[channels] @ hidden.T) * window.to(hidden.dtype)
+
+
+class HyenaState(NamedTuple):
+    """What a Hyena operator carries from one chunk to the next: exact inputs, so any cut gives the uncut result."""
+
+    short: Tensor
+    """[B, (order + 1) D, short_filter - 1]."""
+    long: tuple[Tensor, ...]
+    """order - 1 tensors [B, D, l_max - 1]: the gated inputs of each long convolution."""
+
+
+class Hyena(nn.Module):
+    """y = W_out (x_0 * (h_{N-1} (*) x_{N-1} ( ... h_1 (*) (x_1 v)))): order N gates and N - 1 long convolutions.
+
+    Shapes: x [B, T, D] -> y [B, T, D]; with ctx, T is this rank's part and the result is this rank's part.
+    The filters' bias enters as a skip connection of each convolution.
+    """
+
+    def __init__(self, d_model: int, l_max: int, *, order: int, short_filter: int, filter: FilterConfig) -> None:
+        super().__init__()
+        self.d_model, self.l_max, self.order = d_model, l_max, order
+        width = (order + 1) * d_model
+        self.in_proj = nn.Linear(d_model, width)
+        bound = short_filter**-0.5
+        self.short_filter_weight = nn.Parameter(torch.empty(width, short_filter).uniform_(-bound, bound))
+        self.short_filter_bias = nn.Parameter(torch.empty(width).uniform_(-bound, bound))
+        self.filter = ImplicitFilter((order - 1) * d_model, l_max, filter)
+        self.filter_skip = nn.Parameter(torch.randn((order - 1) * d_model))
+        self.out_proj = nn.Linear(d_model, d_model)
+
+    def initial_state(self, batch: int) -> HyenaState:
+        """The state before the first token: zeros, in the dtype and on the device of the weights."""
+        zeros = self.in_proj.weight.new_zeros
+        width, taps = self.short_filter_weight.shape
+        long = tuple(zeros(batch, self.d_model, self.l_max - 1) for _ in range(self.order - 1))
+        return HyenaState(zeros(batch, width, taps - 1), long)
+
+    def forward(
+        self, x: Tensor, *, state: HyenaState | None = None, ctx: SequenceContext | None = None
+    ) -> tuple[Tensor, HyenaState | None]:
+        """One chunk of tokens. With a state, the chunk continues it and the new state is returned; without, None is."""
+        if state is not None and ctx is not None and ctx.size > 1:
+            raise ValueError(
+                "Hyena: a carried state and a sequence split over ranks cannot be combined; pass one of them."
+            )
+        context = ctx or SequenceContext.single(x.shape[1])
+        u = _project(x, self.in_proj)
+        short_state: Tensor | None = None
+        if state is None:
+            u, _ = parallel.short_conv(u, self.short_filter_weight, self.short_filter_bias, ctx=context)
+        else:
+            u, short_state = kernels.short_conv(
+                u, self.short_filter_weight, self.short_filter_bias, initial_state=state.short, output_final_state=True
+            )
+        *gates, v = u.split(self.d_model, dim=1)
+        taps = self._taps(context.total_tokens if state is None else self.l_max)
+        long_states: list[Tensor] = []
+        last = self.order - 2
+        for i, gate in enumerate(reversed(gates[1:])):
+            skip = self.filter_skip[i * self.d_model : (i + 1) * self.d_model]
+            post = gates[0] if i == last else None
+            if state is None:
+                v, _ = parallel.long_conv(v, taps(i), skip=skip, pre_gate=gate, post_gate=post, ctx=context)
+            else:
+                k = taps(i)(slice(0, self.d_model))
+                v, tail = kernels.long_conv(
+                    v, k, skip=skip, pre_gate=gate, post_gate=post, initial_state=state.long[i], output_final_state=True
+                )
+                assert tail is not None
+                long_states.append(tail)
+        y = self.out_proj(v.transpose(1, 2))
+        return y, (None if short_state is None else HyenaState(short_state, tuple(long_states)))
+
+    def _taps(self, length: int) -> Callable[[int], Callable[[slice], Tensor]]:
+        """taps(i)(channels) makes the filters of some channels of convolution i; the shared network runs once.
+
+        A rank that holds a few channels makes only their filters.
+        """
+        with torch.autocast(self.filter.z.device.type, enabled=False):
+            hidden = self.filter.hidden(length)
+
+        def of_convolution(i: int) -> Callable[[slice], Tensor]:
+            def of_channels(channels: slice) -> Tensor:
+                with torch.autocast(hidden.device.type, enabled=False):
+                    start = i * self.d_model
+                    return self.filter.taps(hidden, slice(start + channels.start, start + channels.stop))
+
+            return of_channels
+
+        return of_convolution
+
+
+def _project(x: Tensor, layer: nn.Linear) -> Tensor:
+    """layer(x) with channels first: [B, T, D] -> [B, D', T], contiguous, without a transposing copy."""
+    y = torch.matmul(layer.weight, x.transpose(1, 2))
+    return y + layer.bias[:, None].to(y.dtype)

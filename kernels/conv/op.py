@@ -1,0 +1,160 @@
+"""The public face of the convolutions: checks, choice of backend, states."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from seqengine.kernels.conv import fft, reference, short
+
+Backend = Literal["auto", "torch", "reference"]
+"""auto: torch on every device. torch: FFT for long filters, multiply-adds for short ones. reference: the definition."""
+
+
+def _check(name: str, ok: bool, must: str, got: str, advice: str = "") -> None:
+    if not ok:
+        raise ValueError(f"{name}: {must}; got {got}.{' ' + advice if advice else ''}")
+
+
+def _check_backend(name: str, backend: str) -> None:
+    _check(
+        name, backend in ("auto", "torch", "reference"), "backend must be 'auto', 'torch' or 'reference'", repr(backend)
+    )
+
+
+def _check_like(name: str, what: str, x: Tensor | None, u: Tensor) -> None:
+    if x is not None:
+        _check(name, x.shape == u.shape, f"{what} must have u's shape {tuple(u.shape)}", str(tuple(x.shape)))
+
+
+def expand_groups(k: Tensor, channels: int, name: str = "long_conv") -> Tensor:
+    """[G, L] filters of `channels / G` neighbouring channels each -> [channels, L]; other shapes pass."""
+    if k.ndim == 2 and k.shape[0] != channels:
+        _check(
+            name,
+            k.shape[0] > 0 and channels % k.shape[0] == 0,
+            f"a grouped filter k [G, L] needs G dividing D={channels}",
+            f"G={k.shape[0]}",
+        )
+        return k.repeat_interleave(channels // k.shape[0], dim=0)
+    return k
+
+
+def long_conv(
+    u: Tensor,
+    k: Tensor,
+    *,
+    skip: Tensor | None = None,
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Gated causal convolution y = post_gate * (k (*) x + skip * x), x = pre_gate * u, in O(T log T).
+
+    Shapes:   u, pre_gate, post_gate [B, D, T]; k [D, L], [G, L] with G dividing D (neighbouring channels share a filter),
+              or [B, D, L]; k[..., s] is the tap at lag s; skip [D]; state [B, D, L-1]. Returns (y [B, D, T], state or None).
+              Any T >= 0, any L >= 1, L > T included.
+    Dtypes:   u float64, float32, bfloat16 or float16; float32 arithmetic for the halves; y in u.dtype.
+    Memory:   saves x, k and the gates; the backward computes spectra again, block of channels by block.
+    State:    the last L-1 values of x. Cutting T anywhere and handing the state on gives the uncut result.
+    Exact to: reference.long_conv within 1e-12 relative in float64; causal to the rounding of an FFT.
+    Raises:   ValueError if shapes disagree or the backend is unknown.
+    References: Poli et al. 2023, arXiv:2302.10866; overlap-save state: kernels of Fu et al. 2023, arXiv:2311.05908.
+    """
+    name = "long_conv"
+    _check_backend(name, backend)
+    _check(name, u.ndim == 3, "u must be [B, D, T]", str(tuple(u.shape)))
+    B, D, _ = u.shape
+    _check(
+        name,
+        k.ndim in (2, 3) and k.shape[-1] >= 1,
+        "k must be [D, L], [G, L] or [B, D, L], L >= 1",
+        str(tuple(k.shape)),
+    )
+    if k.ndim == 3:
+        _check(name, k.shape[:2] == u.shape[:2], f"k [B, D, L] must have B, D = {B}, {D}", str(tuple(k.shape)))
+    k = expand_groups(k, D)
+    _check_like(name, "pre_gate", pre_gate, u)
+    _check_like(name, "post_gate", post_gate, u)
+    if skip is not None:
+        _check(name, skip.shape == (D,), f"skip must be [D] = [{D}]", str(tuple(skip.shape)))
+    keep = k.shape[-1] - 1
+    if initial_state is not None:
+        _check(
+            name,
+            initial_state.shape == (B, D, keep),
+            f"initial_state must be [B, D, L-1] = [{B}, {D}, {keep}]",
+            str(tuple(initial_state.shape)),
+        )
+    if backend == "reference":
+        y, state = reference.long_conv(u, k, skip, pre_gate, post_gate, initial_state)
+        return y, (state if output_final_state else None)
+    x = u if pre_gate is None else pre_gate * u
+    stream = x if initial_state is None else torch.cat([initial_state.to(x.dtype), x], dim=-1)
+    y = fft.causal_conv(stream, k)
+    if initial_state is not None:
+        y = y[..., keep:]
+    if skip is not None:
+        y = torch.addcmul(y, x, skip[:, None].to(x.dtype))
+    if post_gate is not None:
+        y = post_gate * y
+    return y, (_tail(stream, keep) if output_final_state else None)
+
+
+def _tail(stream: Tensor, keep: int) -> Tensor:
+    """The last `keep` columns, with zeros in front where there are fewer."""
+    missing = max(0, keep - stream.shape[-1])
+    return F.pad(stream, (missing, 0))[..., stream.shape[-1] + missing - keep :]
+
+
+def short_conv(
+    u: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Literal["silu"] | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Short depthwise causal convolution y[t] = act(bias + sum_s w[:, s] u[t - s]).
+
+    Shapes:   u [B, D, T]; w [D, W], the tap at lag s in column s (a Conv1d weight has them in reverse); bias [D];
+              state [B, D, W-1]. Returns (y [B, D, T], state or None). Any T >= 0 and W >= 1.
+    Dtypes:   u float64, float32, bfloat16 or float16; sums of the weight gradient in float32 or float64; y in u.dtype.
+    Memory:   saves the padded input and w.
+    State:    the last W-1 values of u.
+    Exact to: reference.short_conv within 1e-12 relative in float64.
+    Raises:   ValueError if shapes disagree, or the activation or backend is unknown.
+    """
+    name = "short_conv"
+    _check_backend(name, backend)
+    _check(name, u.ndim == 3, "u must be [B, D, T]", str(tuple(u.shape)))
+    B, D, _ = u.shape
+    _check(
+        name, w.ndim == 2 and w.shape[0] == D and w.shape[1] >= 1, f"w must be [D, W] with D={D}", str(tuple(w.shape))
+    )
+    keep = w.shape[1] - 1
+    if bias is not None:
+        _check(name, bias.shape == (D,), f"bias must be [D] = [{D}]", str(tuple(bias.shape)))
+    if initial_state is not None:
+        _check(
+            name,
+            initial_state.shape == (B, D, keep),
+            f"initial_state must be [B, D, W-1] = [{B}, {D}, {keep}]",
+            str(tuple(initial_state.shape)),
+        )
+    _check(name, activation in (None, "silu"), "activation must be None or 'silu'", repr(activation))
+    if backend == "reference":
+        y, state = reference.short_conv(u, w, bias, initial_state)
+    else:
+        past = u.new_zeros(B, D, keep) if initial_state is None else initial_state.to(u.dtype)
+        stream = torch.cat([past, u], dim=-1)
+        y = short.short_conv(stream, w, bias)
+        state = stream[..., stream.shape[-1] - keep :]
+    if activation == "silu":
+        y = F.silu(y)
+    return y, (state if output_final_state else None)

@@ -1,0 +1,192 @@
+"""The language model: embedding, blocks of (norm, mixer, norm, MLP), norm, head tied to the embedding.
+
+HyenaDNA (Nguyen et al. 2023, arXiv:2306.15794): pre-norm GPT-2 blocks, residual stream in float32, GELU (tanh form).
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Annotated, Literal, Self, cast
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seqengine.config.values import Count, Section
+from seqengine.dropout import token_dropout
+from seqengine.kernels import api as kernels
+from seqengine.mixers.hyena import FilterConfig, Hyena, HyenaState
+from seqengine.parallel.context import SequenceContext
+
+Positive = Annotated[Count, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class ModelConfig(Section):
+    """[model]: sizes. The filters are functions of t / l_max, so max_len is part of the model, not only a limit."""
+
+    arch: Literal["hyenadna"] = "hyenadna"
+    d_model: Positive = 128
+    n_layer: Positive = 2
+    d_inner: Positive | None = None
+    """Width of the MLP; 4 * d_model if not given."""
+    max_len: Positive = 1024
+    """Longest sequence in tokens; the published l_max is max_len + 2."""
+    order: Annotated[int, Field(ge=2)] = 2
+    """Order N of the Hyena operator: N gates, N - 1 long convolutions."""
+    short_filter: Positive = 3
+    """Taps of the short convolution."""
+    filter: FilterConfig = FilterConfig()
+    embed_dropout: Probability = 0.1
+    resid_dropout: Probability = 0.0
+    vocab_size: Positive = 12
+    pad_vocab_multiple: Positive = 8
+    norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
+
+    @model_validator(mode="after")
+    def _odd_features(self) -> Self:
+        if self.filter.emb_dim % 2 == 0:
+            raise ValueError(
+                f"model.filter.emb_dim must be odd (time and pairs of cosine and sine); got {self.filter.emb_dim}"
+            )
+        return self
+
+    @property
+    def l_max(self) -> int:
+        return self.max_len + 2
+
+    @property
+    def inner(self) -> int:
+        return self.d_inner or 4 * self.d_model
+
+    @property
+    def padded_vocab(self) -> int:
+        return -(-self.vocab_size // self.pad_vocab_multiple) * self.pad_vocab_multiple
+
+
+Drop = Callable[[Tensor, int], Tensor]
+
+
+class Mlp(nn.Module):
+    """fc2(gelu(fc1(x)))."""
+
+    def __init__(self, d_model: int, inner: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(d_model, inner)
+        self.fc2 = nn.Linear(inner, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return y
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        self.mixer = Hyena(
+            config.d_model, config.l_max, order=config.order, short_filter=config.short_filter, filter=config.filter
+        )
+        self.norm2 = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        self.mlp = Mlp(config.d_model, config.inner)
+
+    def forward(
+        self, x: Tensor, drop: Drop, *, state: HyenaState | None = None, ctx: SequenceContext | None = None
+    ) -> tuple[Tensor, HyenaState | None]:
+        """x [B, T, D] -> the same, and the mixer's new state; drop(y, n) is applied to the n-th branch."""
+        y, state = self.mixer(self.norm1(x), state=state, ctx=ctx)
+        x = x + drop(y, 0)
+        return x + drop(self.mlp(self.norm2(x)), 1), state
+
+
+ModelState = tuple[HyenaState, ...]
+
+
+class LanguageModel(nn.Module):
+    """Causal language model over tokens.
+
+    Shapes: input_ids [B, T] int64 -> logits [B, T, V], V the padded vocabulary. With ctx, T is this rank's part.
+    State:  `initial_state(B)` and `step(ids, state)` run it chunk by chunk, or token by token, with the same result.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.padded_vocab, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Matrices and embedding N(0, 0.02), filters' networks included; projections into the residual stream smaller."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("out_proj.weight", "fc2.weight")):
+                nn.init.normal_(parameter, std=0.02 / (2 * self.config.n_layer) ** 0.5)
+
+    def hidden(
+        self, input_ids: Tensor, *, ctx: SequenceContext | None = None, dropout_keys: Tensor | None = None
+    ) -> Tensor:
+        """[B, T] -> the normed residual stream [B, T, D] before the head.
+
+        dropout_keys [B] int64: one key per window; the masks then do not depend on how the batch is split over ranks.
+        """
+        self._check_length(ctx.total_tokens if ctx else input_ids.shape[1])
+        positions = (
+            ctx.positions(input_ids.device) if ctx else torch.arange(input_ids.shape[1], device=input_ids.device)
+        )
+
+        def drop(x: Tensor, p: float, site: int) -> Tensor:
+            return token_dropout(x, p, dropout_keys, positions, site, training=self.training)
+
+        x = drop(self.embedding(input_ids), self.config.embed_dropout, 0)
+        for i, block in enumerate(self._each_block()):
+            first_site = 2 * i + 1
+            x, _ = block(x, lambda y, n, s=first_site: drop(y, self.config.resid_dropout, s + n), ctx=ctx)
+        normed: Tensor = self.norm(x)
+        return normed
+
+    def forward(
+        self, input_ids: Tensor, *, ctx: SequenceContext | None = None, dropout_keys: Tensor | None = None
+    ) -> Tensor:
+        return F.linear(self.hidden(input_ids, ctx=ctx, dropout_keys=dropout_keys), self.embedding.weight)
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        ctx: SequenceContext | None = None,
+        dropout_keys: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Sum of nats over this rank's tokens, and their number. Labels are input_ids shifted before any split."""
+        hidden = self.hidden(input_ids, ctx=ctx, dropout_keys=dropout_keys)
+        return kernels.linear_cross_entropy(hidden, self.embedding.weight, labels)
+
+    def initial_state(self, batch: int) -> ModelState:
+        return tuple(block.mixer.initial_state(batch) for block in self._each_block())
+
+    def step(self, input_ids: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """Logits of a chunk [B, T] (T = 1 is decoding) that continues `state`, and the new state. No dropout."""
+        x = self.embedding(input_ids)
+        states: list[HyenaState] = []
+        for block, before in zip(self._each_block(), state, strict=True):
+            x, after = block(x, lambda y, n: y, state=before)
+            states.append(after)
+        return F.linear(self.norm(x), self.embedding.weight), tuple(states)
+
+    def _each_block(self) -> Iterator[Block]:
+        return (cast(Block, block) for block in self.blocks)
+
+    def _check_length(self, tokens: int) -> None:
+        if tokens > self.config.l_max:
+            raise ValueError(
+                f"LanguageModel: at most l_max = max_len + 2 = {self.config.l_max} tokens; got {tokens}. "
+                "The filters depend on max_len: build the model with a larger one."
+            )

@@ -1,4 +1,4 @@
-"""The language model: embedding, blocks of (norm, mixer, norm, MLP), norm, head tied to the embedding.
+"""The language model: embedding, blocks of (norm, mixer, norm, MLP), norm, head.
 
 HyenaDNA (Nguyen et al. 2023, arXiv:2306.15794): pre-norm GPT-2 blocks, residual stream in float32, GELU (tanh form).
 """
@@ -41,6 +41,8 @@ class ModelConfig(Section):
     vocab_size: Positive = 12
     pad_vocab_multiple: Positive = 8
     norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
+    tied_head: bool = True
+    """The head is the embedding."""
 
     @model_validator(mode="after")
     def _odd_features(self) -> Self:
@@ -116,6 +118,8 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(config.padded_vocab, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        self.published_layout: object = None  # set by seqengine.interop: how the weights were spelt
+        self.head = None if config.tied_head else nn.Linear(config.d_model, config.padded_vocab, bias=False)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -129,6 +133,11 @@ class LanguageModel(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith(("out_proj.weight", "fc2.weight")):
                 nn.init.normal_(parameter, std=0.02 / (2 * self.config.n_layer) ** 0.5)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]."""
+        return self.embedding.weight if self.head is None else self.head.weight
 
     def hidden(
         self, input_ids: Tensor, *, ctx: SequenceContext | None = None, dropout_keys: Tensor | None = None
@@ -155,7 +164,7 @@ class LanguageModel(nn.Module):
     def forward(
         self, input_ids: Tensor, *, ctx: SequenceContext | None = None, dropout_keys: Tensor | None = None
     ) -> Tensor:
-        return F.linear(self.hidden(input_ids, ctx=ctx, dropout_keys=dropout_keys), self.embedding.weight)
+        return F.linear(self.hidden(input_ids, ctx=ctx, dropout_keys=dropout_keys), self.head_weight)
 
     def loss(
         self,
@@ -167,7 +176,7 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Sum of nats over this rank's tokens, and their number. Labels are input_ids shifted before any split."""
         hidden = self.hidden(input_ids, ctx=ctx, dropout_keys=dropout_keys)
-        return kernels.linear_cross_entropy(hidden, self.embedding.weight, labels)
+        return kernels.linear_cross_entropy(hidden, self.head_weight, labels)
 
     def initial_state(self, batch: int) -> ModelState:
         return tuple(block.mixer.initial_state(batch) for block in self._each_block())
@@ -179,7 +188,7 @@ class LanguageModel(nn.Module):
         for block, before in zip(self._each_block(), state, strict=True):
             x, after = block(x, lambda y, n: y, state=before)
             states.append(after)
-        return F.linear(self.norm(x), self.embedding.weight), tuple(states)
+        return F.linear(self.norm(x), self.head_weight), tuple(states)
 
     def _each_block(self) -> Iterator[Block]:
         return (cast(Block, block) for block in self.blocks)

@@ -29,6 +29,8 @@ class FilterConfig(Section):
     """Initial frequency of the sine activations."""
     inner_layers: Annotated[int, Field(ge=0)] = 2
     """Hidden layers after the first."""
+    modulate: bool = True
+    """Multiply the filters by the exponential window."""
     shift: float = 0.05
     """Floor of the exponential window."""
 
@@ -47,7 +49,7 @@ def positional_features(l_max: int, emb_dim: int) -> Tensor:
 
 
 class ImplicitFilter(nn.Module):
-    """k[c, t] = MLP(z_t)[c] * (exp(-t |delta_c| / (l_max - 1)) + shift): filters as a function of time.
+    """k[c, t] = MLP(z_t)[c] * (exp(-decay_c t / (l_max - 1)) + shift): filters as a function of time.
 
     The filters depend on l_max: a model asked for fewer taps cuts them, it does not squeeze them. All sine activations
     share one trained frequency per hidden unit. Computed in float32 at least, whatever autocast says.
@@ -62,7 +64,8 @@ class ImplicitFilter(nn.Module):
             raise ValueError(
                 f"model.filter.emb_dim must be odd (time and pairs of cosine and sine); got {config.emb_dim}."
             )
-        self.channels, self.l_max, self.shift = channels, l_max, config.shift
+        self.channels, self.l_max = channels, l_max
+        self.modulate, self.shift = config.modulate, config.shift
         widths = [config.emb_dim] + [config.order] * (config.inner_layers + 1)
         self.hidden_layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.output = nn.Linear(config.order, channels, bias=False)
@@ -71,9 +74,9 @@ class ImplicitFilter(nn.Module):
         self.register_buffer("z", positional_features(l_max, config.emb_dim).float(), persistent=False)
         self.register_buffer("decay", torch.linspace(slow, fast, channels).abs(), persistent=False)
 
-    def set_features(self, z: Tensor) -> None:
-        """Use trained positional features z [l_max, emb_dim] in place of the analytic ones, and save them from now on."""
-        self.register_buffer("z", z.to(self.z), persistent=True)
+    def set_buffer(self, name: str, value: Tensor, *, trained: bool) -> None:
+        """Replace z [l_max, emb_dim] or decay [channels]; what was trained is saved with the weights from now on."""
+        self.register_buffer(name, value.to(getattr(self, name)), persistent=trained)
 
     def hidden(self, length: int) -> Tensor:
         """[length, order]: the last hidden layer, shared by all channels."""
@@ -86,9 +89,11 @@ class ImplicitFilter(nn.Module):
 
     def taps(self, hidden: Tensor, channels: slice) -> Tensor:
         """[C, length]: the filters of some channels."""
+        k = self.output.weight[channels] @ hidden.T
+        if not self.modulate:
+            return k
         time = self.z[: hidden.shape[0], 0]
-        window = torch.exp(-self.decay[channels, None] * time) + self.shift
-        return (self.output.weight[channels] @ hidden.T) * window.to(hidden.dtype)
+        return k * (torch.exp(-self.decay[channels, None] * time) + self.shift).to(k.dtype)
 
 
 class HyenaState(NamedTuple):

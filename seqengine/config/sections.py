@@ -1,6 +1,7 @@
 """Every section of a run's config but the model's, with the meaning, unit and default of each key.
 
-The model's section stands beside the model (`seqengine.model.ModelConfig`); `seqengine.config.run.RunConfig` composes all.
+The model's section stands beside the model (`seqengine.model.ModelConfig`); `seqengine.config.run.RunConfig` composes
+all of them.
 """
 
 from pathlib import Path
@@ -8,17 +9,30 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from seqengine.config.values import Count, Fraction, Seconds, Section, parse_count, parse_duration, parse_fraction
+from seqengine.config.values import (
+    Count,
+    Fraction,
+    Section,
+    Wording,
+    parse_fraction_or_count,
+    parse_steps_or_seconds,
+)
 
 Positive = Annotated[Count, Field(gt=0)]
 Share = Annotated[Fraction, Field(ge=0.0, le=1.0)]
 
 
 def _path(value: Any) -> Any:
-    return Path(value) if isinstance(value, str) else value
+    """A leading ~ is the home directory: a shell does not expand it inside `data.fasta=~/genome.fa`."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"must be a path; its home directory is not known: {error}") from None
 
 
-FilePath = Annotated[Path, BeforeValidator(_path)]
+FilePath = Annotated[Path, BeforeValidator(_path), Wording("a path in quotes")]
 
 
 class RunSection(Section):
@@ -53,7 +67,7 @@ class DataSection(Section):
     fasta: FilePath | None = None
     """FASTA file, plain or gzip or bgzip."""
     bed: FilePath | None = None
-    """Intervals with a split: chromosome, start, end, train|valid|test. Without it the last `valid_fraction` is validation."""
+    """Intervals with a split: chromosome, start, end, train|valid|test. Without it see `valid_fraction`."""
     bed_join: bool = False
     """Join neighbouring intervals of one split, gap included, so that windows longer than an interval exist."""
     cache: str = "runs/cache"
@@ -115,19 +129,14 @@ class OptimSection(Section):
         return {k: tuple(v) if k in ("betas", "groups") and isinstance(v, list) else v for k, v in data.items()}
 
 
-def _fraction_or_count(value: Any) -> Any:
-    """'1%' and 0.01 are a share of the whole, '10M' and 1000 are tokens."""
-    if isinstance(value, str):
-        return parse_fraction(value) if "%" in value else parse_count(value)
-    return value
-
-
 class ScheduleSection(Section):
     """[schedule]: the learning rate as a pure function of tokens seen."""
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Annotated[
-        Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0.0, le=1.0)], BeforeValidator(_fraction_or_count)
+        Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0.0, le=1.0)],
+        BeforeValidator(parse_fraction_or_count),
+        Wording("a share between 0 and 1 or a number of tokens", "0.01, '1%' or '10M'"),
     ] = 0.01
     """A share of all tokens ('1%', 0.01) or tokens ('10M')."""
     min_ratio: Share = 0.1
@@ -150,19 +159,15 @@ class PrecisionSection(Section):
     """Arithmetic of the forward pass; weights are kept in float32 for bf16 (autocast), in float64 for fp64."""
 
 
-def _steps_or_seconds(value: Any) -> Any:
-    if isinstance(value, str) and not value.strip().isdigit():
-        return float(parse_duration(value)) if value.strip()[-1:] in "smhdnc" else parse_count(value)
-    return parse_count(value)
-
-
 class CkptSection(Section):
     """[ckpt]: when to save. A checkpoint is always saved at the end of a run."""
 
     every: Annotated[
-        Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0.0)], BeforeValidator(_steps_or_seconds)
+        Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0.0)],
+        BeforeValidator(parse_steps_or_seconds),
+        Wording("steps or a duration above 0", "500, '1k', '90s' or '30min'"),
     ] = 1800.0
-    """Steps (500, '1k') or a duration ('30min', '90s')."""
+    """Steps (500, '1k') or a duration ('30min', '90s'); a number with a decimal point is seconds."""
     keep: Positive = 3
     """Checkpoints kept; older ones are deleted once a newer one is safe."""
 
@@ -187,5 +192,5 @@ class LogSection(Section):
 
 __all__ = [
     "CkptSection", "DataSection", "EvalSection", "LogSection", "OptimGroup", "OptimSection", "ParallelSection",
-    "PrecisionSection", "RunSection", "ScheduleSection", "Seconds", "SyntheticSection", "TrainSection",
+    "PrecisionSection", "RunSection", "ScheduleSection", "SyntheticSection", "TrainSection",
 ]  # fmt: skip

@@ -1,10 +1,12 @@
 """Building blocks of the config: the strict section, and the numbers that people write (1k, 1Ki, 10B, 30min, 1%).
 
-Every section of a run's config derives from `Section`; a component may keep its own section beside its code. This module
-imports nothing of the project, so any file may import it.
+Every section of a run's config derives from `Section`; a component may keep its own section beside its code. This
+module imports nothing of the project, so any file may import it.
 """
 
 import re
+from dataclasses import dataclass
+from decimal import Decimal
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
@@ -13,7 +15,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 class Section(BaseModel):
     """A table of the config: unknown keys and wrong types are errors, values are frozen once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What a value is, in words, for messages: "must be {kind} above 0 (such as {examples})"."""
+
+    kind: str
+    examples: str = ""
 
 
 _COUNT = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*(Ki|Mi|Gi|Ti|k|K|M|G|B|T)?\s*")
@@ -27,14 +37,15 @@ _PERCENT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*")
 
 
 def parse_count(value: Any) -> Any:
-    """'1k' -> 1000, '1Ki' -> 1024, '10B' -> 10**10, '2.5M' -> 2500000; anything else is returned for pydantic to judge."""
+    """'1k' -> 1000, '1Ki' -> 1024, '10B' -> 10**10, '2.5M' -> 2500000; what is not text passes through."""
     if isinstance(value, str):
         match = _COUNT.fullmatch(value)
         if match is None:
             raise ValueError("must be a whole number such as 1000, '1k', '1Ki', '2.5M' or '10B'")
         number, suffix = match.groups()
-        scaled = float(number.replace("_", "")) * _MULTIPLE[suffix]
-        if scaled != int(scaled):
+        # Decimal, because 2.3 * 10**6 is not a whole number in binary.
+        scaled = Decimal(number.replace("_", "")) * _MULTIPLE[suffix]
+        if scaled != scaled.to_integral_value():
             raise ValueError("must be a whole number once its suffix is applied")
         return int(scaled)
     return value
@@ -61,6 +72,33 @@ def parse_duration(value: Any) -> Any:
     return value
 
 
-Count = Annotated[int, BeforeValidator(parse_count)]
-Fraction = Annotated[float, BeforeValidator(parse_fraction)]
-Seconds = Annotated[float, BeforeValidator(parse_duration)]
+def parse_fraction_or_count(value: Any) -> Any:
+    """'1%' -> 0.01, a share of the whole; '10M' -> 10**7, a count. Numbers keep their type: 0.01, 1000."""
+    if not isinstance(value, str):
+        return value
+    if _PERCENT.fullmatch(value):
+        return parse_fraction(value)
+    try:
+        return parse_count(value)
+    except ValueError:
+        raise ValueError("must be a share such as 0.01 or '1%', or tokens such as 1000 or '10M'") from None
+
+
+def parse_steps_or_seconds(value: Any) -> Any:
+    """'500', '1k' -> steps (int); '30min', '90s' -> seconds (float). Numbers keep their type: 500 steps, 90.0 seconds.
+
+    'm' is minutes and 'M' is a million steps, as in the two notations by themselves.
+    """
+    if not isinstance(value, str):
+        return value
+    if _DURATION.fullmatch(value):
+        return parse_duration(value)
+    try:
+        return parse_count(value)
+    except ValueError:
+        raise ValueError("must be steps such as 500 or '1k', or a duration such as '90s', '30min' or '2h'") from None
+
+
+Count = Annotated[int, BeforeValidator(parse_count), Wording("a whole number", "1000, '1k', '1Ki' or '10B'")]
+Fraction = Annotated[float, BeforeValidator(parse_fraction), Wording("a number", "0.01 or '1%'")]
+Seconds = Annotated[float, BeforeValidator(parse_duration), Wording("a duration", "'90s', '30min' or '2h'")]

@@ -199,3 +199,9 @@ class LanguageModel(nn.Module):
                 f"LanguageModel: at most l_max = max_len + 2 = {self.config.l_max} tokens; got {tokens}. "
                 "The filters depend on max_len: build the model with a larger one."
             )
+
+
+def build_model(config: ModelConfig, *, seed: int, params: str, device: torch.device) -> LanguageModel:
+    """A model with its initial weights, a function of the seed alone: float64 for params = 'fp64', else float32."""
+    torch.manual_seed(seed)
+    return LanguageModel(config).to(device, torch.float64 if params == "fp64" else torch.float32)

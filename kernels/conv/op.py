@@ -125,7 +125,7 @@ def short_conv(
     Shapes:   u [B, D, T]; w [D, W], the tap at lag s in column s (a Conv1d weight has them in reverse); bias [D];
               state [B, D, W-1]. Returns (y [B, D, T], state or None). Any T >= 0 and W >= 1.
     Dtypes:   u float64, float32, bfloat16 or float16; sums of the weight gradient in float32 or float64; y in u.dtype.
-    Memory:   saves the padded input and w.
+    Memory:   saves u, w and the state.
     State:    the last W-1 values of u.
     Exact to: reference.short_conv within 1e-12 relative in float64.
     Raises:   ValueError if shapes disagree, or the activation or backend is unknown.
@@ -151,10 +151,9 @@ def short_conv(
     if backend == "reference":
         y, state = reference.short_conv(u, w, bias, initial_state)
     else:
-        past = u.new_zeros(B, D, keep) if initial_state is None else initial_state.to(u.dtype)
-        stream = torch.cat([past, u], dim=-1)
-        y = short.short_conv(stream, w, bias)
-        state = stream[..., stream.shape[-1] - keep :]
+        past = None if initial_state is None else initial_state.to(u.dtype)
+        y = short.short_conv(u, w, bias, past)
+        state = _tail(u if past is None else torch.cat([past, u], dim=-1), keep)
     if activation == "silu":
         y = F.silu(y)
     return y, (state if output_final_state else None)

@@ -187,6 +187,6 @@ class Hyena(nn.Module):
 
 
 def _project(x: Tensor, layer: nn.Linear) -> Tensor:
-    """layer(x) with channels first: [B, T, D] -> [B, D', T], contiguous, without a transposing copy."""
-    y = torch.matmul(layer.weight, x.transpose(1, 2))
-    return y + layer.bias[:, None].to(y.dtype)
+    """layer(x) with channels first: [B, T, D] -> [B, D', T], written contiguously by the product itself."""
+    weight = layer.weight.expand(x.shape[0], -1, -1)
+    return torch.baddbmm(layer.bias[None, :, None], weight, x.transpose(1, 2))

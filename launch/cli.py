@@ -1,0 +1,160 @@
+"""The `seqengine` command: train, eval, check, demo, version.
+
+Exit codes: 0 done, 1 failed, 2 bad input, 75 preempted after a good save.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from seqengine.errors import InputError
+
+if TYPE_CHECKING:
+    from seqengine.config.run import RunConfig
+
+FAILED, BAD_INPUT = 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code. Bad input becomes a message on standard error, one line a problem."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except InputError as error:
+        if _prints_errors():
+            for problem in error.problems:
+                print(f"seqengine: {problem}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _prints_errors() -> bool:
+    """Of processes that all found the same fault, one a machine tells it."""
+    from seqengine.launch.environment import read_processes
+
+    try:
+        return read_processes().local_rank == 0
+    except InputError:
+        return True
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="seqengine", description="Train models on very long sequences.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train, or go on with, a run; starts its processes itself")
+    train.add_argument("config", metavar="CONFIG", help="a TOML file, or a preset's name such as hyenadna-tiny-1k")
+    train.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that take precedence over the file's")
+    train.add_argument(
+        "--allow-change", action="append", default=[], metavar="KEY", help="let a resumed run change this key"
+    )
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("eval", help="loss of a run, or of one checkpoint, on its validation windows")
+    evaluate.add_argument("target", metavar="RUN|CHECKPOINT", type=Path)
+    evaluate.add_argument("overrides", nargs="*", metavar="a.b=c")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate.set_defaults(run=_eval)
+
+    check = commands.add_parser("check", help="report everything wrong with a config; start nothing")
+    check.add_argument("config", metavar="CONFIG")
+    check.add_argument("overrides", nargs="*", metavar="a.b=c")
+    check.set_defaults(run=_check)
+
+    demo = commands.add_parser(
+        "demo", help="the main job, small: train on two processes, evaluate on one, draw the curve"
+    )
+    demo.add_argument("--fasta", type=Path, help="a genome of yours in place of the synthetic one")
+    demo.add_argument("overrides", nargs="*", metavar="a.b=c")
+    demo.set_defaults(run=_demo)
+
+    version = commands.add_parser("version", help="versions of this program and of what it stands on")
+    version.set_defaults(run=_version)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from seqengine.check import check_run
+    from seqengine.checkpoint.store import CheckpointError
+    from seqengine.config.load import load
+    from seqengine.data.packed import pack
+    from seqengine.launch.environment import read_processes
+    from seqengine.launch.process import choose_device, mesh_of
+    from seqengine.rundir import RunDirectory
+    from seqengine.train import TrainingError, train
+
+    allowed = tuple(arguments.allow_change)
+    loaded = load(arguments.config, arguments.overrides)
+    processes = read_processes()
+    if not processes.launched:  # find every fault here, before a process or a directory is made
+        choose_device(loaded.config, processes)
+        RunDirectory(loaded.config.run_dir).check_resumable(loaded, allowed)
+        check_run(loaded.config)
+        if _num_processes(loaded.config) > 1:
+            changes = [word for key in allowed for word in ("--allow-change", key)]
+            return _launch(["train", arguments.config, *arguments.overrides, *changes], _num_processes(loaded.config))
+    with mesh_of(loaded.config, processes) as mesh:
+        try:
+            train(loaded, pack(loaded.config.data), mesh, allow_changes=allowed)
+        except (TrainingError, CheckpointError) as error:
+            if mesh.rank == 0:
+                print(f"seqengine: {error}", file=sys.stderr)
+            return FAILED
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from seqengine.data.packed import pack
+    from seqengine.evaluate import evaluate_checkpoint
+    from seqengine.launch.environment import read_processes
+    from seqengine.launch.process import mesh_of
+    from seqengine.rundir import CheckpointTarget
+
+    target = CheckpointTarget.find(arguments.target)
+    loaded = target.run.read_config(tuple(arguments.overrides))
+    processes = read_processes()
+    if not processes.launched and _num_processes(loaded.config) > 1:
+        words = ["eval", str(arguments.target), *arguments.overrides, *(["--json"] if arguments.json else [])]
+        return _launch(words, _num_processes(loaded.config))
+    with mesh_of(loaded.config, processes) as mesh:
+        result = evaluate_checkpoint(target, loaded.config, pack(loaded.config.data), mesh)
+        if mesh.rank == 0:
+            print(json.dumps(result.as_dict()) if arguments.json else result.describe())
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from seqengine.check import check_run
+    from seqengine.config.load import load
+
+    print(check_run(load(arguments.config, arguments.overrides, need_data=False).config).describe())
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from seqengine.launch.demo import run_demo
+
+    return run_demo(arguments.fasta, arguments.overrides)
+
+
+def _version(arguments: argparse.Namespace) -> int:
+    from seqengine.rundir import versions
+
+    for name, version in versions().items():
+        print(f"{name} {version}")
+    return 0
+
+
+def _num_processes(config: "RunConfig") -> int:
+    """Processes to start here; replicate = 'auto' means one replica unless a launcher gives more."""
+    replicas = config.parallel.replicate if isinstance(config.parallel.replicate, int) else 1
+    return replicas * config.parallel.sequence
+
+
+def _launch(arguments: list[str], num_processes: int) -> int:
+    from seqengine.launch.torchrun import run_local
+
+    sys.stdout.flush()
+    return run_local(arguments, num_processes)

@@ -1,0 +1,54 @@
+"""Everything about a run that can be known before it starts; the first part of `train`, and the whole of `check`."""
+
+from dataclasses import dataclass
+
+import torch
+
+from seqengine.config.run import RunConfig
+from seqengine.data.packed import pack
+from seqengine.data.windows import split_windows
+from seqengine.model import LanguageModel
+from seqengine.optim import group_settings
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The figures of a run."""
+
+    config: RunConfig
+    num_parameters: int
+    num_decayed: int
+    num_windows: dict[str, int] | None
+    """By split; None if no data are given."""
+
+    def describe(self) -> str:
+        c = self.config
+        lines = [
+            f"run         {c.run_dir}",
+            f"model       {c.model.arch}, {self.num_parameters:,} parameters ({self.num_decayed:,} with weight decay)",
+            f"sequence    {c.data.seq_len:,} tokens over {c.parallel.sequence} ranks",
+            f"step        {c.windows_per_step} windows, {c.train.batch_tokens:,} tokens",
+            f"length      {c.total_steps:,} steps, {c.total_tokens:,} tokens",
+        ]
+        if self.num_windows is None:
+            lines.append("data        none given: train needs data.fasta=GENOME.fa")
+        else:
+            lines.append("data        " + ", ".join(f"{n:,} {split} windows" for split, n in self.num_windows.items()))
+        return "\n".join([*lines, "ok"])
+
+
+def check_run(config: RunConfig) -> Summary:
+    """Build the model without memory, group its parameters, pack the data if there are any, count the windows.
+
+    Raises InputError for all that `train` would refuse. Writes nothing but the packed genome in data.cache.
+    """
+    with torch.device("meta"):
+        model = LanguageModel(config.model)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    settings = group_settings(sizes, config.optim)
+    decayed = sum(size for name, size in sizes.items() if settings[name][0] > 0)
+    num_windows = None
+    if config.data.source != "fasta" or config.data.fasta is not None:
+        windows = split_windows(pack(config.data), config.data)
+        num_windows = {split: len(of_split) for split, of_split in windows.items()}
+    return Summary(config, sum(sizes.values()), decayed, num_windows)

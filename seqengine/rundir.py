@@ -1,0 +1,92 @@
+"""A run's directory: config.toml (resolved, with the origin of every value), environment.json, metrics.jsonl, ckpt/."""
+
+import json
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import pydantic
+import torch
+
+import seqengine
+from seqengine.config.load import Loaded, load
+from seqengine.config.write import changed, dump
+from seqengine.errors import InputError
+
+CONFIG, ENVIRONMENT, CHECKPOINTS = "config.toml", "environment.json", "ckpt"
+MAY_CHANGE = ("run.dir", "run.name", "run.device", "train.steps", "train.tokens", "train.micro_batch", "data.fasta",
+              "data.bed", "data.cache", "parallel", "ckpt", "eval", "log")  # fmt: skip
+"""Keys and sections that may differ when a run resumes: none of them changes what a step computes. The data are compared
+by content, not by path; a longer run changes the decay of the learning rate from here on, as its user asks."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    def read_config(self, overrides: tuple[str, ...] = ()) -> Loaded:
+        """The config that the run was started with. Raises InputError if this is no run's directory."""
+        file = self.path / CONFIG
+        if not file.is_file():
+            raise InputError(f"{self.path}: must be a run's directory with a {CONFIG}; there is none.")
+        return load(file, overrides)
+
+    def check_resumable(self, loaded: Loaded, allow: tuple[str, ...] = ()) -> None:
+        """Raises InputError naming every key that must not change between two lives of a run."""
+        if not (self.path / CONFIG).is_file() or not self.checkpoints.is_dir():
+            return
+        before = load(self.path / CONFIG, need_data=False).config
+        permitted = (*MAY_CHANGE, *allow)
+        problems = [
+            f"{key}: {self.path} was started with {old!r}, got {new!r} ({loaded.provenance.get(key, 'default')}). "
+            f"Keep it, start another run (run.dir=...), or allow the change (--allow-change {key})."
+            for key, (old, new) in changed(before, loaded.config).items()
+            if not any(key == p or key.startswith(p + ".") for p in permitted)
+        ]
+        if problems:
+            raise InputError(*problems)
+
+    def write(self, loaded: Loaded, data_hash: str, mesh: dict[str, int]) -> None:
+        """Make the directory; write the config and what it runs with."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / CONFIG).write_text(dump(loaded))
+        record = {"versions": versions(), "platform": platform.platform(), "mesh": mesh, "data_hash": data_hash}
+        (self.path / ENVIRONMENT).write_text(json.dumps({**record, "command": sys.argv}, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class CheckpointTarget:
+    """A run, and one checkpoint of it or (None) its newest whole one."""
+
+    run: RunDirectory
+    checkpoint: Path | None
+
+    @classmethod
+    def find(cls, path: Path) -> "CheckpointTarget":
+        """From the path of a run's directory or of a checkpoint in it. Raises InputError if it is neither."""
+        if (path / CONFIG).is_file():
+            return cls(RunDirectory(path), None)
+        if path.parent.name == CHECKPOINTS and path.is_dir():
+            return cls(RunDirectory(path.parent.parent), path)
+        raise InputError(
+            f"{path}: must be a run's directory (with a {CONFIG}) or a checkpoint (RUN/{CHECKPOINTS}/step-N)."
+        )
+
+
+def versions() -> dict[str, str]:
+    """Of what a run's numbers depend on."""
+    return {
+        "seqengine": seqengine.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "pydantic": pydantic.VERSION,
+    }

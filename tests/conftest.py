@@ -1,0 +1,29 @@
+"""One thread a process: forked ranks must not inherit a thread pool, and two test processes share two cores."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fresh tensors are filled with NaN (or the largest integer), so that an element that nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = before
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """Folder of real genomes and text; tests that want it are skipped where there is none."""
+    folder = os.environ.get("SEQENGINE_TEST_DATA")
+    if not folder:
+        pytest.skip("SEQENGINE_TEST_DATA is not set: no real genomes here")
+    return Path(folder)

@@ -30,7 +30,7 @@ def keep_mask(shape: torch.Size, p: float, keys: Tensor, positions: Tensor, site
     keys [B] int64, one per window (for example a hash of seed, step and window); positions [T] int64, global.
     """
     B, T, D = shape
-    token = mix(mix(keys.view(B, 1) + (site + 1) * _GOLDEN) + positions.view(1, T) * _GOLDEN)
+    token = mix(mix(keys + torch.full_like(keys, site + 1) * _GOLDEN)[:, None] + positions.view(1, T) * _GOLDEN)
     channel = mix(torch.arange(D, device=keys.device) * _GOLDEN + 1)
     bits = mix(token.view(B, T, 1) ^ channel.view(1, 1, D))
     return _shift_right(bits, 40) >= int(p * (1 << 24))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from seqengine.config.values import Count, Section
 from seqengine.dropout import token_dropout
 from seqengine.kernels import api as kernels
-from seqengine.mixers.hyena import FilterConfig, Hyena, HyenaState
+from seqengine.mixers.hyena import FilterConfig, Hyena, HyenaState, ImplicitFilter
 from seqengine.parallel.context import SequenceContext
 
 Positive = Annotated[Count, Field(gt=0)]
@@ -204,4 +204,14 @@ class LanguageModel(nn.Module):
 def build_model(config: ModelConfig, *, seed: int, params: str, device: torch.device) -> LanguageModel:
     """A model with its initial weights, a function of the seed alone: float64 for params = 'fp64', else float32."""
     torch.manual_seed(seed)
-    return LanguageModel(config).to(device, torch.float64 if params == "fp64" else torch.float32)
+    model = LanguageModel(config)
+    return (to_float64(model) if params == "fp64" else model).to(device)
+
+
+def to_float64(model: LanguageModel) -> LanguageModel:
+    """In place: weights widened, and the filters' features computed again rather than widened."""
+    model.double()
+    for module in model.modules():
+        if isinstance(module, ImplicitFilter):
+            module.compute_features()
+    return model

@@ -225,14 +225,20 @@ def _lock(cache: Path, path: Path) -> int:
             continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            if os.path.samestat(os.fstat(handle), os.stat(path)):
+            if _is_at(handle, path):
                 return handle
-        except FileNotFoundError:
-            pass
         except BaseException:
             os.close(handle)
             raise
         os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """The open file is still the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _missing(directory: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from seqengine.errors import InputError
 from seqengine.mixers.hyena import FilterConfig, Hyena
-from seqengine.model import Block, LanguageModel, ModelConfig
+from seqengine.model import Block, LanguageModel, ModelConfig, to_float64
 
 PREFIXES = ("model.backbone.", "hyena.backbone.", "backbone.", "")
 FEATURE_TOLERANCE = 1e-5
@@ -45,7 +45,7 @@ def load(
     model = LanguageModel(model_config)
     embedding = tensors.get(f"{layout.prefix}embeddings.word_embeddings.weight")
     if embedding is not None and embedding.dtype == torch.float64:
-        model.double()
+        to_float64(model)
     expected = dict(_entries(model, layout))
     _check(tensors, expected, layout)
     with torch.no_grad():

@@ -70,9 +70,16 @@ class ImplicitFilter(nn.Module):
         self.hidden_layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.output = nn.Linear(config.order, channels, bias=False)
         self.frequency = nn.Parameter(torch.full((config.order,), config.sine_w))
+        self.register_buffer("z", torch.empty(l_max, config.emb_dim), persistent=False)
+        self.register_buffer("decay", torch.empty(channels), persistent=False)
+        self.compute_features()
+
+    def compute_features(self) -> None:
+        """Fill z and decay, computed in float64 and rounded once to the weights' dtype."""
+        dtype = self.output.weight.dtype
+        self.z = positional_features(*self.z.shape).to(dtype)
         fast, slow = math.log(DECAY_TARGET) / FAST_DECAY, math.log(DECAY_TARGET) / SLOW_DECAY
-        self.register_buffer("z", positional_features(l_max, config.emb_dim).float(), persistent=False)
-        self.register_buffer("decay", torch.linspace(slow, fast, channels).abs(), persistent=False)
+        self.decay = torch.linspace(slow, fast, self.channels, dtype=torch.float64).abs().to(dtype)
 
     def set_buffer(self, name: str, value: Tensor, *, trained: bool) -> None:
         """Replace z [l_max, emb_dim] or decay [channels]; what was trained is saved with the weights from now on."""

@@ -33,7 +33,9 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> 
         results = []
         for rank in range(num_ranks):
             path = Path(folder) / f"result-{rank}"
-            assert path.is_file(), f"rank {rank} of {num_ranks} ended without a result: exit code {processes[rank].exitcode}"
+            assert path.is_file(), (
+                f"rank {rank} of {num_ranks} ended without a result: exit code {processes[rank].exitcode}"
+            )
             is_good, value = pickle.loads(path.read_bytes())
             assert is_good, f"rank {rank} of {num_ranks} failed:\n{value}"
             results.append(value)
@@ -51,7 +53,7 @@ def _rank(rank: int, num_ranks: int, folder: Path, function: Callable[..., Any],
             timeout=timedelta(seconds=RANK_TIMEOUT_SECONDS // 2),
         )
         outcome = (True, function(dist.group.WORLD, *arguments))
-    except BaseException:
+    except BaseException:  # noqa: BLE001  whatever it was, the parent prints it
         outcome = (False, traceback.format_exc())
     aside = folder / f"aside-{rank}"
     aside.write_bytes(pickle.dumps(outcome))

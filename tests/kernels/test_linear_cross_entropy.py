@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+
 from seqengine.kernels.api import linear_cross_entropy
 from seqengine.kernels.loss import reference
-
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

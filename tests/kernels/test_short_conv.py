@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from seqengine.kernels.api import short_conv
 
+from seqengine.kernels.api import short_conv
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -19,9 +19,7 @@ def run(arguments, backend, **options):
     leaves = {name: t.detach().clone().requires_grad_() for name, t in arguments.items()}
     y, state = short_conv(**leaves, output_final_state=True, backend=backend, **options)
     generator = torch.Generator().manual_seed(1)
-    loss = sum(
-        (t.double() * torch.randn(t.shape, generator=generator, dtype=torch.float64)).sum() for t in (y, state)
-    )
+    loss = sum((t.double() * torch.randn(t.shape, generator=generator, dtype=torch.float64)).sum() for t in (y, state))
     loss.backward()
     return {"y": y, "state": state, **{f"d_{name}": t.grad for name, t in leaves.items()}}
 

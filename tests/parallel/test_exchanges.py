@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+
 from seqengine.parallel import cost
 from seqengine.parallel.api import SequenceContext, halo, transpose
 from seqengine.parallel.layout import offsets, split_sizes
-
 from tests.ranks import run_ranks
 from tests.tolerances import assert_close
 
@@ -69,7 +69,10 @@ def _halo(group, cut, left):
     (extended * mine).sum().backward()
     backward_product = (x.detach() * x.grad).sum()
     row = 2 * 5 * 8
-    expected = cost.halo_bytes(ctx.bounds, ctx.rank, left, row), cost.halo_backward_bytes(ctx.bounds, ctx.rank, left, row)
+    expected = (
+        cost.halo_bytes(ctx.bounds, ctx.rank, left, row),
+        cost.halo_backward_bytes(ctx.bounds, ctx.rank, left, row),
+    )
     return extended.detach(), forward_product, backward_product, (sent, ctx.ledger().sent_bytes("halo")), expected
 
 

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from seqengine.parallel.layout import halo_sources, halo_targets, offsets, overlap, split_sizes
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+
 from seqengine.kernels import api as kernels
 from seqengine.parallel import api as parallel
 from seqengine.parallel import cost
 from seqengine.parallel.api import SequenceContext
-
 from tests.ranks import run_ranks
 from tests.tolerances import assert_close
 

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from seqengine.config.load import Loaded, load
 from seqengine.data.packed import pack
 from seqengine.metrics import read_metrics
 from seqengine.parallel.mesh import Mesh
 from seqengine.train import train
-
 from tests.ranks import run_ranks
 
 BASE = """

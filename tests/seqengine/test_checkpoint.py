@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 import torch
+
 from seqengine.checkpoint.state import Progress, Record
 from seqengine.checkpoint.store import CheckpointError, CheckpointStore, mesh_record
 from seqengine.config.sections import OptimSection
@@ -13,7 +14,6 @@ from seqengine.errors import InputError
 from seqengine.model import ModelConfig, build_model
 from seqengine.optim import build_optimizer
 from seqengine.parallel.mesh import Mesh
-
 from tests.ranks import run_ranks
 from tests.seqengine.runs import is_same
 
@@ -38,7 +38,12 @@ def trained(seed=0, steps=2):
 
 
 def record(mesh, step):
-    return Record(Progress(step, step * 100, step * 2, 1.5), {"seed": 1, "epoch": 0, "samples": 2 * step}, mesh_record(mesh), "d" * 64)
+    return Record(
+        Progress(step, step * 100, step * 2, 1.5),
+        {"seed": 1, "epoch": 0, "samples": 2 * step},
+        mesh_record(mesh),
+        "d" * 64,
+    )
 
 
 def everything(model, optimizer):

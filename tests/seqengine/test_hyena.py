@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+
 from seqengine.mixers.hyena import FilterConfig, Hyena, ImplicitFilter, positional_features
 from seqengine.model import LanguageModel, ModelConfig, build_model
 from seqengine.parallel.api import SequenceContext
-
 from tests.ranks import run_ranks
 from tests.tolerances import assert_close
 
@@ -92,7 +92,7 @@ def test_chunks_with_states_give_the_logits_of_the_whole(cuts):
 
 
 def loss_and_gradients(m, ids, labels, ctx=None):
-    nats, count = m.loss(ids, labels, ctx=ctx)
+    nats, _ = m.loss(ids, labels, ctx=ctx)
     (nats / labels.numel() if ctx is None else nats / (labels.shape[0] * ctx.total_tokens)).backward()
     return float(nats.detach()), {name: p.grad for name, p in m.named_parameters()}
 
@@ -119,9 +119,7 @@ def _dropout_on_rank(group):
     ctx = SequenceContext.even(group, 18)
     m = model(config).train()
     keys = torch.tensor([11, -5, 7])
-    nats, _ = m.loss(
-        ctx.split(tokens(3, 18), 1), ctx.split(tokens(3, 18, seed=1), 1), ctx=ctx, dropout_keys=keys
-    )
+    nats, _ = m.loss(ctx.split(tokens(3, 18), 1), ctx.split(tokens(3, 18, seed=1), 1), ctx=ctx, dropout_keys=keys)
     return float(nats.detach())
 
 
@@ -132,7 +130,12 @@ def test_dropout_draws_the_same_masks_for_any_number_of_ranks():
 
 
 def test_parameter_counts_are_the_published_ones():
-    published = {(128, 2, 1024): 436_096, (256, 2, 1024): 1_641_088, (256, 4, 32768): 3_277_568, (256, 8, 160_000): 6_550_528}
+    published = {
+        (128, 2, 1024): 436_096,
+        (256, 2, 1024): 1_641_088,
+        (256, 4, 32768): 3_277_568,
+        (256, 8, 160_000): 6_550_528,
+    }
     for (d_model, n_layer, max_len), count in published.items():
         with torch.device("meta"):
             m = LanguageModel(ModelConfig(d_model=d_model, n_layer=n_layer, max_len=max_len))
@@ -149,7 +152,9 @@ def test_initial_weights_are_a_function_of_the_seed():
 
 
 def test_bf16_autocast_is_near_float32():
-    m = build_model(ModelConfig(d_model=32, max_len=128, embed_dropout=0.0), seed=0, params="fp32", device=torch.device("cpu"))
+    m = build_model(
+        ModelConfig(d_model=32, max_len=128, embed_dropout=0.0), seed=0, params="fp32", device=torch.device("cpu")
+    )
     ids = tokens(2, 128)
     exact, _ = m.loss(ids, ids)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+
 from seqengine.errors import InputError
 from seqengine.interop import hyenadna
-
 from tests.tolerances import assert_close
 
 D, LAYERS, L_MAX, WIDTH, FEATURES = 8, 2, 34, 16, 5
@@ -25,7 +25,9 @@ def config(order: int = 2) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def published(order: int = 2, prefix: str = "model.backbone.", head: str | None = "model.lm_head.weight", dtype=torch.float64):
+def published(
+    order: int = 2, prefix: str = "model.backbone.", head: str | None = "model.lm_head.weight", dtype=torch.float64
+):
     """Random weights in the published layout."""
     generator = torch.Generator().manual_seed(order)
 
@@ -46,11 +48,14 @@ def published(order: int = 2, prefix: str = "model.backbone.", head: str | None 
             "mixer.short_filter.weight": randn((order + 1) * D, 1, 3), "mixer.short_filter.bias": randn((order + 1) * D),
             "mixer.filter_fn.bias": randn((order - 1) * D),
             "mixer.filter_fn.pos_emb.z": z[None].to(dtype), "mixer.filter_fn.pos_emb.t": time[None, :, None].to(dtype),
-            "mixer.filter_fn.implicit_filter.0.weight": randn(WIDTH, FEATURES), "mixer.filter_fn.implicit_filter.0.bias": randn(WIDTH),
+            "mixer.filter_fn.implicit_filter.0.weight": randn(WIDTH, FEATURES),
+            "mixer.filter_fn.implicit_filter.0.bias": randn(WIDTH),
             "mixer.filter_fn.implicit_filter.1.freq": freq,
-            "mixer.filter_fn.implicit_filter.2.weight": randn(WIDTH, WIDTH), "mixer.filter_fn.implicit_filter.2.bias": randn(WIDTH),
+            "mixer.filter_fn.implicit_filter.2.weight": randn(WIDTH, WIDTH),
+            "mixer.filter_fn.implicit_filter.2.bias": randn(WIDTH),
             "mixer.filter_fn.implicit_filter.3.freq": freq,
-            "mixer.filter_fn.implicit_filter.4.weight": randn(WIDTH, WIDTH), "mixer.filter_fn.implicit_filter.4.bias": randn(WIDTH),
+            "mixer.filter_fn.implicit_filter.4.weight": randn(WIDTH, WIDTH),
+            "mixer.filter_fn.implicit_filter.4.bias": randn(WIDTH),
             "mixer.filter_fn.implicit_filter.5.freq": freq,
             "mixer.filter_fn.implicit_filter.6.weight": randn((order - 1) * D, WIDTH),
             "mixer.filter_fn.modulation.deltas": deltas[None, None].to(dtype),
@@ -74,7 +79,9 @@ def independent_logits(weights, ids, order, prefix="model.backbone.", shift=0.05
         p = {key.removeprefix(f"layers.{i}."): value for key, value in w.items() if key.startswith(f"layers.{i}.")}
         n = F.layer_norm(x, (D,), p["norm1.weight"], p["norm1.bias"], 1e-5)
         u = (n @ p["mixer.in_proj.weight"].T + p["mixer.in_proj.bias"]).transpose(1, 2)
-        u = F.conv1d(u, p["mixer.short_filter.weight"], p["mixer.short_filter.bias"], padding=2, groups=u.shape[1])[..., :T]
+        u = F.conv1d(u, p["mixer.short_filter.weight"], p["mixer.short_filter.bias"], padding=2, groups=u.shape[1])[
+            ..., :T
+        ]
         f = "mixer.filter_fn."
         h = p[f + "pos_emb.z"][0, :T]
         for j in (0, 2, 4):
@@ -178,8 +185,14 @@ def test_loaded_model_is_in_evaluation_mode():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w.pop("model.backbone.layers.1.norm2.bias"), r"layers\.1\.norm2\.bias is missing; its shape must be \(8,\)"),
-        (lambda w: w.update({"model.backbone.layers.0.mixer.extra": torch.zeros(1)}), r"layers\.0\.mixer\.extra is not a key"),
+        (
+            lambda w: w.pop("model.backbone.layers.1.norm2.bias"),
+            r"layers\.1\.norm2\.bias is missing; its shape must be \(8,\)",
+        ),
+        (
+            lambda w: w.update({"model.backbone.layers.0.mixer.extra": torch.zeros(1)}),
+            r"layers\.0\.mixer\.extra is not a key",
+        ),
         (
             lambda w: w.update({"model.backbone.layers.0.mlp.fc1.weight": torch.zeros(3, 8)}),
             r"layers\.0\.mlp\.fc1\.weight must have shape \(32, 8\); got \(3, 8\)",

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from seqengine.config.sections import OptimGroup, OptimSection, ScheduleSection
 from seqengine.errors import InputError
 from seqengine.model import LanguageModel, ModelConfig
@@ -25,7 +26,10 @@ def test_only_matrices_that_mix_channels_are_decayed_by_default():
 
 
 def test_first_group_that_matches_wins():
-    groups = (OptimGroup(match="*.filter.*", weight_decay=0.3, lr_scale=0.5), OptimGroup(match="*frequency", lr_scale=9.0))
+    groups = (
+        OptimGroup(match="*.filter.*", weight_decay=0.3, lr_scale=0.5),
+        OptimGroup(match="*frequency", lr_scale=9.0),
+    )
     with pytest.raises(InputError, match=r"match = '\*frequency' must match a parameter that no earlier group has"):
         group_settings(NAMES, OptimSection(groups=groups))
     settings = group_settings(NAMES, OptimSection(groups=groups[::-1]))
@@ -63,7 +67,9 @@ def test_cosine_with_warm_up():
 
 
 def test_linear_and_constant_schedules_and_warm_up_as_a_share():
-    assert learning_rate(550, 1000, 1.0, ScheduleSection(kind="linear", warmup=0.1, min_ratio=0.0)) == pytest.approx(0.5)
+    assert learning_rate(550, 1000, 1.0, ScheduleSection(kind="linear", warmup=0.1, min_ratio=0.0)) == pytest.approx(
+        0.5
+    )
     assert learning_rate(990, 1000, 1.0, ScheduleSection(kind="constant", warmup=0.1)) == 1.0
     assert learning_rate(0, 1000, 1.0, ScheduleSection(warmup=0)) == 1.0
 

@@ -4,10 +4,10 @@ import json
 import math
 
 import pytest
+
 from seqengine.data.packed import pack
 from seqengine.data.stream import Stream
 from seqengine.metrics import read_metrics
-
 from tests.seqengine.runs import config, is_same, losses, train_on
 
 
@@ -87,6 +87,7 @@ def test_ranks_of_any_mesh_together_read_each_sample_once(tmp_path, monkeypatch)
     loaded = config(tmp_path)
     genome = pack(loaded.config.data)
     import torch
+
     from seqengine.parallel.mesh import Mesh
     from seqengine.train import Trainer
 
@@ -151,9 +152,7 @@ def test_changed_keys_are_refused_on_resume_unless_allowed(tmp_path):
 def test_other_data_are_refused_on_resume(tmp_path):
     train_on(1, tmp_path)
     with pytest.raises(AssertionError, match="was trained on other data"):
-        train_on(
-            1, tmp_path, "data.synthetic.seed=7", "train.steps=8", allow_changes=("data.synthetic",)
-        )
+        train_on(1, tmp_path, "data.synthetic.seed=7", "train.steps=8", allow_changes=("data.synthetic",))
 
 
 def test_a_loss_that_is_not_finite_stops_every_rank_with_the_weights_of_the_step_before(tmp_path):
@@ -163,7 +162,9 @@ def test_a_loss_that_is_not_finite_stops_every_rank_with_the_weights_of_the_step
 
 
 def test_steps_that_are_not_finite_can_be_skipped(tmp_path, capfd):
-    train_on(2, tmp_path, "parallel.sequence=2", "optim.lr=1e30", "train.clip=0", "train.nonfinite=skip", "train.steps=3")
+    train_on(
+        2, tmp_path, "parallel.sequence=2", "optim.lr=1e30", "train.clip=0", "train.nonfinite=skip", "train.steps=3"
+    )
     assert "skipped a step that is not finite: step 2" in capfd.readouterr().out
 
 

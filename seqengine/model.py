@@ -25,8 +25,11 @@ class ModelConfig(Section):
     """[model]: sizes. The filters are functions of t / l_max, so max_len is part of the model, not only a limit."""
 
     arch: Literal["hyenadna"] = "hyenadna"
+    """The kind of model."""
     d_model: Positive = 128
+    """Width of the residual stream."""
     n_layer: Positive = 2
+    """Blocks."""
     d_inner: Positive | None = None
     """Width of the MLP; 4 * d_model if not given."""
     max_len: Positive = 1024
@@ -36,11 +39,17 @@ class ModelConfig(Section):
     short_filter: Positive = 3
     """Taps of the short convolution."""
     filter: FilterConfig = FilterConfig()
+    """The implicit long filter."""
     embed_dropout: Probability = 0.1
+    """Of the embedding; the masks do not depend on the mesh."""
     resid_dropout: Probability = 0.0
+    """Of what each mixer and MLP adds to the residual stream."""
     vocab_size: Positive = 12
+    """Token ids in use."""
     pad_vocab_multiple: Positive = 8
+    """The vocabulary is padded to a multiple of this."""
     norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
+    """Added to the variance in each norm."""
     tied_head: bool = True
     """The head is the embedding."""
 

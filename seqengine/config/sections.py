@@ -39,11 +39,13 @@ class RunSection(Section):
     """[run]: where a run lives and what makes it repeatable."""
 
     name: str = "run"
+    """Names the directory and the plots."""
     dir: str = "runs/{name}"
     """Directory of the run; `{name}` is filled in."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 2222
     """Seeds the initial weights, the order of windows, their strand, and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = CUDA where there is one."""
     deterministic: bool = True
     """Refuse operations whose result may differ between two runs."""
 
@@ -58,12 +60,14 @@ class SyntheticSection(Section):
     repeat: Share = 0.7
     """Probability that a base is the one `lag` bases before."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    """Another seed is another genome."""
 
 
 class DataSection(Section):
     """[data]: what is read."""
 
     source: Literal["fasta", "synthetic"] = "fasta"
+    """A genome of yours, or the synthetic one."""
     fasta: FilePath | None = None
     """FASTA file, plain or gzip or bgzip."""
     bed: FilePath | None = None
@@ -89,7 +93,9 @@ class TrainSection(Section):
     """[train]: how long, and in what portions. Give `steps` or `tokens`."""
 
     steps: Positive | None = None
+    """Optimiser steps."""
     tokens: Positive | None = None
+    """Tokens over all ranks; the last step is whole."""
     batch_tokens: Positive = 16384
     """Tokens per optimiser step over all ranks; a multiple of data.seq_len."""
     micro_batch: Positive | Literal["auto"] = "auto"
@@ -106,16 +112,22 @@ class OptimGroup(Section):
     match: str
     """Shell pattern over parameter names, such as '*.filter.*'; it is an error if nothing matches."""
     weight_decay: Annotated[float, Field(ge=0.0)] | None = None
+    """As it would be without the group, if not given."""
     lr_scale: Annotated[float, Field(ge=0.0)] = 1.0
+    """Share of the learning rate."""
 
 
 class OptimSection(Section):
     """[optim]: AdamW."""
 
     name: Literal["adamw"] = "adamw"
+    """The optimiser."""
     lr: Annotated[float, Field(gt=0.0)] = 6e-4
+    """Learning rate after the warm-up."""
     betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.95)
+    """Memory of the first and second moments."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     """Of matrices; norms, biases, embeddings and filters are not decayed unless a group says so."""
     groups: tuple[OptimGroup, ...] = ()
@@ -133,6 +145,7 @@ class ScheduleSection(Section):
     """[schedule]: the learning rate as a pure function of tokens seen."""
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"
+    """The decay after the warm-up."""
     warmup: Annotated[
         Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0.0, le=1.0)],
         BeforeValidator(parse_fraction_or_count),

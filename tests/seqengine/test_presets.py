@@ -17,8 +17,11 @@ SIZES = {
 }
 
 
+RECIPES = [name for name in preset_names() if name != "demo"]
+
+
 def test_the_presets_are_the_published_sizes_and_their_base() -> None:
-    assert preset_names() == sorted([*SIZES, "hyenadna"])
+    assert preset_names() == sorted([*SIZES, "hyenadna", "demo"])
 
 
 @pytest.mark.parametrize(("name", "size"), SIZES.items())
@@ -29,14 +32,14 @@ def test_preset_has_the_published_size(name: str, size: tuple[int, int, int]) ->
     assert config.model.d_inner in (None, 4 * config.model.d_model)
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", RECIPES)
 def test_preset_names_its_run_and_no_data_file(name: str) -> None:
     config = load(name, need_data=False).config
     assert config.run.name == name
     assert (config.data.source, config.data.fasta, config.data.bed) == ("fasta", None, None)
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", RECIPES)
 def test_preset_header_says_command_hardware_figures_and_source(name: str) -> None:
     header = (PRESETS / f"{name}.toml").read_text(encoding="utf-8").partition("\n\n")[0]
     for part in (f"seqengine train {name} data.fasta=", "# Hardware:", "# Expected:", "arXiv:2306.15794", "hg38_hyena"):
@@ -47,6 +50,11 @@ def test_preset_header_says_command_hardware_figures_and_source(name: str) -> No
 def test_preset_runs_on_one_two_four_and_eight_replicas(name: str) -> None:
     for replicas in (1, 2, 4, 8):
         load(name, [f"parallel.replicate={replicas}"], need_data=False)
+
+
+def test_demo_is_the_tiny_model_on_the_synthetic_genome_over_two_processes() -> None:
+    config = load("demo").config
+    assert (config.model.d_model, config.data.source, config.parallel.sequence) == (128, "synthetic", 2)
 
 
 def test_laptop_recipe() -> None:

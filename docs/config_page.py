@@ -11,10 +11,10 @@ from seqengine.config.values import Section
 
 HEAD = """# Configuration
 
-A config is a TOML file. `extends = "other.toml"` (or a preset's name) lays it over another; `a.b=c` on the command line lays
-over both. Whole numbers may be written `1k`, `1Ki`, `2.5M`, `10B`; shares `1%`; durations `90s`, `30min`, `2h`. Paths are relative
-to the working directory. Every key below is optional but `train.steps` or `train.tokens`. This page is made from the code by
-`python docs/config_page.py`; a test compares them.
+A config is a TOML file. `extends = "other.toml"` (or a preset's name) lays it over another; `a.b=c` on the command line
+lays over both. Whole numbers may be written `1k`, `1Ki`, `2.5M`, `10B`; shares `1%`; durations `90s`, `30min`, `2h`.
+Paths are relative to the working directory. Every key below is optional but `train.steps` or `train.tokens`. This page is
+made from the code by `python docs/config_page.py`; a test compares them.
 """
 
 

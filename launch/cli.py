@@ -88,13 +88,13 @@ def _train(arguments: argparse.Namespace) -> int:
     allowed = tuple(arguments.allow_change)
     loaded = load(arguments.config, arguments.overrides)
     processes = read_processes()
-    if not processes.launched:  # find every fault here, before a process or a directory is made
-        choose_device(loaded.config, processes)
-        RunDirectory(loaded.config.run_dir).check_resumable(loaded, allowed)
-        check_run(loaded.config)
-        if _num_processes(loaded.config) > 1:
-            changes = [word for key in allowed for word in ("--allow-change", key)]
-            return _launch(["train", arguments.config, *arguments.overrides, *changes], _num_processes(loaded.config))
+    # Find every fault here, before a group or a directory is made.
+    choose_device(loaded.config, processes)
+    RunDirectory(loaded.config.run_dir).check_resumable(loaded, allowed)
+    check_run(loaded.config)
+    if not processes.launched and _num_processes(loaded.config) > 1:
+        changes = [word for key in allowed for word in ("--allow-change", key)]
+        return _launch(["train", arguments.config, *arguments.overrides, *changes], _num_processes(loaded.config))
     with mesh_of(loaded.config, processes) as mesh:
         try:
             train(loaded, pack(loaded.config.data), mesh, allow_changes=allowed)

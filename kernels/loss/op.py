@@ -45,7 +45,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             wanted = labels[rows]
             x = hidden[rows].to(dtype)
             d_logits = torch.softmax(x @ head.T, dim=1)
-            d_logits.scatter_add_(1, wanted.clamp(min=0)[:, None], d_logits.new_full((wanted.shape[0], 1), -1.0))
+            d_logits[torch.arange(wanted.shape[0], device=x.device), wanted.clamp(min=0)] -= 1.0
             d_logits *= (wanted != ignore_index)[:, None] * upstream
             if d_hidden is not None:
                 d_hidden[rows] = d_logits @ head

@@ -59,7 +59,7 @@ def test_demo_is_the_tiny_model_on_the_synthetic_genome_over_two_processes() -> 
 
 def test_laptop_recipe() -> None:
     config = load("hyenadna-tiny-1k", need_data=False).config
-    assert (config.total_steps, config.windows_per_step, config.optim.lr) == (1200, 16, 2e-3)
+    assert (config.total_steps, config.windows_per_step, config.optim.lr) == (1200, 16, 3e-3)
     assert (config.model.embed_dropout, config.schedule.kind, config.precision.params) == (0.0, "cosine", "fp32")
 
 

@@ -81,7 +81,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from seqengine.config.load import load
     from seqengine.data.packed import pack
     from seqengine.launch.environment import read_processes
-    from seqengine.launch.process import choose_device, mesh_of
+    from seqengine.launch.process import choose_device, mesh_of, num_replicas
     from seqengine.rundir import RunDirectory
     from seqengine.train import TrainingError, train
 
@@ -90,6 +90,8 @@ def _train(arguments: argparse.Namespace) -> int:
     processes = read_processes()
     # Find every fault here, before a group or a directory is made.
     choose_device(loaded.config, processes)
+    if processes.launched:
+        num_replicas(loaded.config, processes)
     RunDirectory(loaded.config.run_dir).check_resumable(loaded, allowed)
     check_run(loaded.config)
     if not processes.launched and _num_processes(loaded.config) > 1:

@@ -88,7 +88,7 @@ def test_origins_of_a_dump_are_its_own_lines(tmp_path: Path) -> None:
     for key, origin in load(path, need_data=False).provenance.items():
         if origin != "default":
             line = text.splitlines()[int(origin.rpartition(":")[2]) - 1]
-            assert line.startswith(key.rpartition(".")[2] + " =")
+            assert line.startswith((key.rpartition(".")[2] + " =", f"[[{key}]]"))
 
 
 def test_changed_names_keys_with_old_and_new_values() -> None:

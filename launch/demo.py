@@ -20,7 +20,7 @@ from seqengine.data.markov import markov_bits
 from seqengine.data.packed import PackedGenome, pack
 from seqengine.data.stream import validation_indices
 from seqengine.data.synthetic import entropy_floor
-from seqengine.data.windows import Windows, regions, split_windows
+from seqengine.data.windows import Windows, split_windows
 from seqengine.launch.curve import draw_curve
 from seqengine.metrics import bits, read_metrics
 
@@ -77,9 +77,10 @@ def _seqengine(*arguments: str) -> int:
 def _levels(config: RunConfig) -> dict[str, float]:
     """Bits per base of simpler means, on the validation windows that the model is evaluated on."""
     genome = pack(config.data)
-    valid = split_windows(genome, config.data)["valid"]
+    windows = split_windows(genome, config.data)
+    valid = windows["valid"]
     chosen = validation_indices(len(valid), config.eval.windows)
-    levels = {"order-5 Markov": markov_bits(regions(genome, config.data)["train"], valid, chosen, order=5)}
+    levels = {"order-5 Markov": markov_bits(windows["train"].regions, valid, chosen, order=5)}
     if config.data.source == "synthetic":
         levels = {"entropy floor": _floor(config, genome, valid, chosen), **levels}
     return levels

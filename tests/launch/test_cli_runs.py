@@ -11,28 +11,10 @@ from pathlib import Path
 import pytest
 
 from seqengine.metrics import read_metrics
+from tests.seqengine.runs import BASE
 
 ROOT = Path(__file__).parent.parent.parent
-CONFIG = """
-[model]
-d_model = 8
-max_len = 64
-embed_dropout = 0.1
-filter = { order = 8 }
-[data]
-source = "synthetic"
-seq_len = 32
-synthetic = { length = 20000, lag = 6 }
-[train]
-steps = 6
-batch_tokens = 256
-[eval]
-windows = 8
-[log]
-every = 2
-[ckpt]
-every = 3
-"""
+CONFIG = BASE.replace("every = 1\n", "every = 2\n").replace("every = 1000", "every = 3")
 
 
 @pytest.fixture

@@ -147,6 +147,11 @@ class Windows:
     def __len__(self) -> int:
         return self._before[-1]
 
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The regions that hold a window, in genome order."""
+        return self._regions
+
     def start(self, index: int, *, seed: int = 0, epoch: int = 0, window: WindowMode = "tile") -> int:
         """The first base of window `index`, as a position in the packed genome.
 

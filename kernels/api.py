@@ -1,6 +1,6 @@
 """The public kernels, and nothing else. Local maths on one device's tensors: no process group, no config, no model."""
 
-from seqengine.kernels.conv.op import long_conv, short_conv
+from seqengine.kernels.conv.op import long_conv, long_conv_bidirectional, short_conv
 from seqengine.kernels.loss.op import linear_cross_entropy
 
-__all__ = ["linear_cross_entropy", "long_conv", "short_conv"]
+__all__ = ["linear_cross_entropy", "long_conv", "long_conv_bidirectional", "short_conv"]

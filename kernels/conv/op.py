@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seqengine.kernels.conv import fft, reference, short
+from seqengine.kernels.conv import ops, reference, short
 
 Backend = Literal["auto", "torch", "reference"]
 """auto: torch on every device. torch: FFT for long filters, multiply-adds for short ones. reference: the definition."""
@@ -58,7 +58,8 @@ def long_conv(
               or [B, D, L]; k[..., s] is the tap at lag s; skip [D]; state [B, D, L-1]. Returns (y [B, D, T], state or None).
               Any T >= 0, any L >= 1, L > T included.
     Dtypes:   u float64, float32, bfloat16 or float16; float32 arithmetic for the halves; y in u.dtype.
-    Memory:   saves x, k and the gates; the backward computes spectra again, block of channels by block.
+    Memory:   saves x, k and the gates; the backward computes spectra again, block of channels by block. Any order of
+              derivative; torch.compile traces it whole.
     State:    the last L-1 values of x. Cutting T anywhere and handing the state on gives the uncut result.
     Exact to: reference.long_conv within 1e-12 relative in float64; causal to the rounding of an FFT.
     Raises:   ValueError if shapes disagree or the backend is unknown.
@@ -94,7 +95,7 @@ def long_conv(
         return y, (state if output_final_state else None)
     x = u if pre_gate is None else pre_gate * u
     stream = x if initial_state is None else torch.cat([initial_state.to(x.dtype), x], dim=-1)
-    y = fft.causal_conv(stream, k)
+    y = ops.causal_conv(stream, k)
     if initial_state is not None:
         y = y[..., keep:]
     if skip is not None:
@@ -102,6 +103,43 @@ def long_conv(
     if post_gate is not None:
         y = post_gate * y
     return y, (_tail(stream, keep) if output_final_state else None)
+
+
+def long_conv_bidirectional(
+    u: Tensor,
+    k_forward: Tensor,
+    k_backward: Tensor,
+    *,
+    skip: Tensor | None = None,
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Two-sided gated convolution: y[t] = post_gate * (sum_s k_forward[s] x[t - s] + sum_s k_backward[s] x[t + s] + skip x[t]).
+
+    Shapes:   as in `long_conv`; k_forward and k_backward may differ in length. Lag 0 is in both filters: set
+              k_backward[..., 0] = 0 to count it once.
+    Exact to: long_conv(x, k_forward) + flip(long_conv(flip(x), k_backward)) within 1e-12 relative in float64.
+    Raises:   ValueError if shapes disagree or the backend is unknown.
+    """
+    x = u if pre_gate is None else pre_gate * u
+    y, _ = long_conv(x, k_forward, skip=skip, backend=backend)
+    if backend == "reference":
+        mirrored, _ = long_conv(x.flip(-1), k_backward, backend=backend)
+        y = y + mirrored.flip(-1)
+    else:
+        _check(
+            "long_conv_bidirectional",
+            k_backward.ndim in (2, 3) and k_backward.shape[-1] >= 1,
+            "k_backward must be [D, L], [G, L] or [B, D, L], L >= 1",
+            str(tuple(k_backward.shape)),
+        )
+        ahead, _ = ops.causal_conv_backward(x, x, expand_groups(k_backward, u.shape[1]), True, False)
+        y = y + ahead
+    if post_gate is not None:
+        _check_like("long_conv_bidirectional", "post_gate", post_gate, u)
+        y = post_gate * y
+    return y
 
 
 def _tail(stream: Tensor, keep: int) -> Tensor:

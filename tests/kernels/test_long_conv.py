@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seqengine.kernels.api import long_conv
-from seqengine.kernels.conv.fft import fft_size
+from seqengine.kernels.conv.spectral import fft_size
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

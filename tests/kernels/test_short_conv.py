@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from seqengine.kernels.api import short_conv
+from seqengine.kernels.conv import short as ops
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -101,3 +102,30 @@ def test_gradcheck():
 def test_rejects(change, message):
     with pytest.raises(ValueError, match=message):
         short_conv(**{"u": torch.zeros(2, 4, 6), "w": torch.zeros(4, 3), **change})
+
+
+@pytest.mark.parametrize("left_out", [(), ("bias",), ("initial_state",), ("bias", "initial_state")])
+def test_gradgradcheck(left_out):
+    a = {name: t.requires_grad_() for name, t in tensors(2, 2, 4, 3).items() if name not in left_out}
+
+    def function(*values):
+        return short_conv(**dict(zip(a, values, strict=True)), activation="silu", output_final_state=True)
+
+    assert torch.autograd.gradgradcheck(function, list(a.values()))
+
+
+@pytest.mark.parametrize("needed", [[True, True, True, True], [True, False, False, False], [False, True, True, False]])
+def test_operators_keep_torchs_contract(needed):
+    a = {name: t.requires_grad_() for name, t in tensors(2, 3, 7, 3).items()}
+    torch.library.opcheck(ops.short_conv, (a["u"], a["w"], a["bias"], a["initial_state"]))
+    torch.library.opcheck(ops.short_conv, (a["u"], a["w"], None, None))
+    dy = tensors(2, 3, 7, 3)["u"].requires_grad_()
+    torch.library.opcheck(ops.short_conv_backward, (dy, a["u"], a["w"], a["initial_state"], needed))
+
+
+def test_compiles_whole():
+    a = tensors(2, 3, 30, 4, dtype=torch.float32)
+    compiled = torch.compile(
+        lambda u, w, b: short_conv(u, w, b, activation="silu")[0], fullgraph=True, backend="aot_eager"
+    )
+    assert_close(compiled(a["u"], a["w"], a["bias"]), short_conv(a["u"], a["w"], a["bias"], activation="silu")[0])

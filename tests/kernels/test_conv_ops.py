@@ -1,0 +1,183 @@
+"""The operators under long_conv: both methods, closed under differentiation, traced and compiled whole, little saved."""
+
+import pytest
+import torch
+
+from seqengine.kernels.api import long_conv, long_conv_bidirectional
+from seqengine.kernels.conv import ops, reference
+from seqengine.kernels.conv.spectral import plan
+from tests.tolerances import assert_close
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def through_one_transform(x, k):
+    """The definition by a transform so long that nothing can wrap, differentiated by torch."""
+    size = x.shape[-1] + 2 * k.shape[-1]
+    return torch.fft.irfft(torch.fft.rfft(x, n=size) * torch.fft.rfft(k, n=size), n=size)[..., : x.shape[-1]]
+
+
+@pytest.mark.parametrize(
+    ("T", "L"), [(2048, 2), (3001, 33), (5000, 256), (10007, 511), (9000, 1000), (4097, 4097), (30000, 257)], ids=str
+)
+@pytest.mark.parametrize("filters", ["shared", "batch"])
+def test_both_methods_match_one_long_transform_with_gradients(T, L, filters):
+    x, k = randn(2, 3, T), randn(*((2,) if filters == "batch" else ()), 3, L, seed=1)
+    dy = randn(2, 3, T, seed=2)
+    leaves, plain = ([t.clone().requires_grad_() for t in (x, k)] for _ in range(2))
+    y, expected = ops.causal_conv(*leaves), through_one_transform(*plain)
+    assert_close(y, expected, "y")
+    (y * dy).sum().backward()
+    (expected * dy).sum().backward()
+    for a, b, name in zip(leaves, plain, ("dx", "dk"), strict=True):
+        assert_close(a.grad, b.grad, name)
+
+
+def test_plan_takes_frames_for_short_filters_and_one_transform_for_long_ones():
+    assert plan(1 << 16, 128, "cpu").count > 1
+    assert plan(1 << 16, 1 << 16, "cpu").is_whole
+    assert plan(100, 3, "cpu").is_whole
+    assert plan(1 << 16, 128, "cuda").is_whole
+    for T, L in [(5000, 3), (5000, 250), (100_003, 8191)]:
+        how = plan(T, L, "cpu")
+        assert how.count * how.hop >= T
+        assert how.size >= how.hop + L - 1
+
+
+def test_gradgradcheck():
+    x, k = randn(2, 2, 5).requires_grad_(), randn(2, 3, seed=1).requires_grad_()
+    assert torch.autograd.gradgradcheck(ops.causal_conv, (x, k))
+    per_sample = randn(2, 2, 4, seed=2).requires_grad_()
+    assert torch.autograd.gradgradcheck(ops.causal_conv, (x, per_sample))
+
+
+def test_gradgradcheck_of_the_gated_convolution_with_states():
+    shapes = {
+        "u": (1, 2, 4),
+        "k": (2, 3),
+        "skip": (2,),
+        "pre_gate": (1, 2, 4),
+        "post_gate": (1, 2, 4),
+        "initial_state": (1, 2, 2),
+    }
+    values = [randn(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes.values())]
+
+    def function(*tensors):
+        return long_conv(**dict(zip(shapes, tensors, strict=True)), output_final_state=True)
+
+    assert torch.autograd.gradgradcheck(function, values)
+
+
+@pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("k_shape", [(3, 5), (2, 3, 5)])
+def test_operators_keep_torchs_contract(needed, k_shape):
+    x, k, dy = (
+        randn(2, 3, 9).requires_grad_(),
+        randn(*k_shape, seed=1).requires_grad_(),
+        randn(2, 3, 9, seed=2).requires_grad_(),
+    )
+    torch.library.opcheck(ops.causal_conv, (x, k))
+    torch.library.opcheck(ops.causal_conv_backward, (dy, x, k, *needed))
+
+
+def test_compiles_whole_forward_and_backward():
+    tensors = [randn(2, 3, 50, seed=i, dtype=torch.float32) for i in range(3)]
+    k, skip = randn(3, 20, seed=4, dtype=torch.float32), randn(3, seed=5, dtype=torch.float32)
+
+    def function(u, pre, post, k, skip):
+        y, state = long_conv(u, k, skip=skip, pre_gate=pre, post_gate=post, output_final_state=True)
+        return y.sin().sum() + state.sum()
+
+    eager, compiled = ([t.clone().requires_grad_() for t in (*tensors, k, skip)] for _ in range(2))
+    expected = function(*eager)
+    actual = torch.compile(function, fullgraph=True, backend="aot_eager")(*compiled)
+    assert_close(actual, expected)
+    expected.backward()
+    actual.backward()
+    for a, b in zip(compiled, eager, strict=True):
+        assert_close(a.grad, b.grad)
+
+
+def test_fake_tensors_have_the_shapes_and_dtypes_of_real_ones():
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        y, state = long_conv(torch.empty(2, 3, 7, dtype=torch.bfloat16), torch.empty(3, 5), output_final_state=True)
+        assert (y.shape, y.dtype) == ((2, 3, 7), torch.bfloat16)
+        assert (state.shape, state.dtype) == ((2, 3, 4), torch.bfloat16)
+
+
+def saved_bytes(function):
+    """Bytes that autograd keeps for the backward."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        function()
+    return sum(kept.values())
+
+
+def test_saves_its_inputs_and_no_spectrum():
+    u, k = randn(2, 4, 1000, dtype=torch.float32).requires_grad_(), randn(4, 1000, dtype=torch.float32).requires_grad_()
+    assert saved_bytes(lambda: long_conv(u, k)) == u.nbytes + k.nbytes
+    assert saved_bytes(lambda: through_one_transform(u, k)) > 4 * (u.nbytes + k.nbytes)
+
+
+def test_under_autocast_the_filter_keeps_its_precision():
+    u, k = randn(1, 2, 64, dtype=torch.bfloat16), randn(2, 64, seed=1, dtype=torch.float32).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, _ = long_conv(u, k)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert k.grad.dtype == torch.float32
+    assert_close(y, reference.causal_conv(u.double(), k.detach().double()))
+
+
+def bidirectional_by_sums(x, forward, backward):
+    T = x.shape[-1]
+    y = torch.zeros_like(x)
+    for t in range(T):
+        for s in range(min(forward.shape[-1], t + 1)):
+            y[..., t] += forward[:, s] * x[..., t - s]
+        for s in range(min(backward.shape[-1], T - t)):
+            y[..., t] += backward[:, s] * x[..., t + s]
+    return y
+
+
+@pytest.mark.parametrize(("T", "L", "M"), [(1, 1, 1), (7, 3, 5), (20, 20, 20), (11, 30, 2), (16, 1, 40)])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_bidirectional_is_the_two_sided_sum(T, L, M, backend):
+    u, f, b = randn(2, 3, T), randn(3, L, seed=1), randn(3, M, seed=2)
+    pre, post, skip = randn(2, 3, T, seed=3), randn(2, 3, T, seed=4), randn(3, seed=5)
+    y = long_conv_bidirectional(u, f, b, skip=skip, pre_gate=pre, post_gate=post, backend=backend)
+    assert_close(y, post * (bidirectional_by_sums(pre * u, f, b) + skip[:, None] * pre * u))
+
+
+def test_bidirectional_gradients():
+    shapes = {
+        "u": (2, 2, 5),
+        "k_forward": (2, 3),
+        "k_backward": (1, 4),
+        "skip": (2,),
+        "pre_gate": (2, 2, 5),
+        "post_gate": (2, 2, 5),
+    }
+    values = [randn(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes.values())]
+
+    def function(*tensors):
+        return long_conv_bidirectional(**dict(zip(shapes, tensors, strict=True)))
+
+    assert torch.autograd.gradcheck(function, values)
+    assert torch.autograd.gradgradcheck(function, values)
+
+
+def test_bidirectional_rejects_filters_that_do_not_fit():
+    with pytest.raises(ValueError, match="k_backward must be"):
+        long_conv_bidirectional(torch.zeros(1, 2, 3), torch.zeros(2, 3), torch.zeros(3))
+    with pytest.raises(ValueError, match="G dividing D=2"):
+        long_conv_bidirectional(torch.zeros(1, 2, 3), torch.zeros(2, 3), torch.zeros(3, 3))

@@ -7,7 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seqengine.kernels.conv import ops, reference, short
+from seqengine.kernels.conv.packed import Documents
 
+DECODE_TOKENS = 4
+"""So few tokens after a state are dot products of L terms each; more are a transform."""
 Backend = Literal["auto", "torch", "reference"]
 """auto: torch on every device. torch: FFT for long filters, multiply-adds for short ones. reference: the definition."""
 
@@ -21,6 +24,12 @@ def _check_backend(name: str, backend: str) -> None:
     _check(
         name, backend in ("auto", "torch", "reference"), "backend must be 'auto', 'torch' or 'reference'", repr(backend)
     )
+
+
+def _check_state(name: str, state: Tensor | None, shape: tuple[int, int, int], taps: str) -> None:
+    if state is not None:
+        must = f"initial_state must be [B, D, {taps}-1] = {list(shape)} (with cu_seqlens one row a document)"
+        _check(name, state.shape == shape, must, str(tuple(state.shape)))
 
 
 def _check_like(name: str, what: str, x: Tensor | None, u: Tensor) -> None:
@@ -50,6 +59,7 @@ def long_conv(
     post_gate: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Gated causal convolution y = post_gate * (k (*) x + skip * x), x = pre_gate * u, in O(T log T).
@@ -60,7 +70,10 @@ def long_conv(
     Dtypes:   u float64, float32, bfloat16 or float16; float32 arithmetic for the halves; y in u.dtype.
     Memory:   saves x, k and the gates; the backward computes spectra again, block of channels by block. Any order of
               derivative; torch.compile traces it whole.
-    State:    the last L-1 values of x. Cutting T anywhere and handing the state on gives the uncut result.
+    State:    the last L-1 values of x. Cutting T anywhere and handing the state on gives the uncut result. A few tokens
+              after a state (decoding) cost O(L) each.
+    Packed:   cu_seqlens [N + 1] = [0, ..., T]: u is one row [1, D, T] of N documents, none of which sees another; states
+              are then [N, D, L-1]. Costs what the batch padded to the longest document costs.
     Exact to: reference.long_conv within 1e-12 relative in float64; causal to the rounding of an FFT.
     Raises:   ValueError if shapes disagree or the backend is unknown.
     References: Poli et al. 2023, arXiv:2302.10866; overlap-save state: kernels of Fu et al. 2023, arXiv:2311.05908.
@@ -83,25 +96,44 @@ def long_conv(
     if skip is not None:
         _check(name, skip.shape == (D,), f"skip must be [D] = [{D}]", str(tuple(skip.shape)))
     keep = k.shape[-1] - 1
-    if initial_state is not None:
-        _check(
-            name,
-            initial_state.shape == (B, D, keep),
-            f"initial_state must be [B, D, L-1] = [{B}, {D}, {keep}]",
-            str(tuple(initial_state.shape)),
-        )
-    if backend == "reference":
+    documents = None if cu_seqlens is None else Documents.of(cu_seqlens, u, name)
+    rows = B if documents is None else documents.lengths.numel()
+    _check_state(name, initial_state, (rows, D, keep), "L")
+    if backend == "reference" and documents is None:
         y, state = reference.long_conv(u, k, skip, pre_gate, post_gate, initial_state)
         return y, (state if output_final_state else None)
     x = u if pre_gate is None else pre_gate * u
-    stream = x if initial_state is None else torch.cat([initial_state.to(x.dtype), x], dim=-1)
-    y = ops.causal_conv(stream, k)
-    if initial_state is not None:
-        y = y[..., keep:]
+    if documents is None:
+        y, final = _convolve(x, k, initial_state, output_final_state)
+    else:
+        _check(
+            name, k.ndim == 2, "with cu_seqlens all documents share the filter [D, L] or [G, L]", f"k {tuple(k.shape)}"
+        )
+        batch = documents.to_batch(x)
+        y, final = long_conv(batch, k, initial_state=initial_state, backend=backend)
+        y = documents.from_batch(y)
+        final = documents.last(batch, initial_state, keep) if output_final_state else None
     if skip is not None:
         y = torch.addcmul(y, x, skip[:, None].to(x.dtype))
     if post_gate is not None:
         y = post_gate * y
+    return y, final
+
+
+def _convolve(
+    x: Tensor, k: Tensor, initial_state: Tensor | None, output_final_state: bool
+) -> tuple[Tensor, Tensor | None]:
+    """k (*) x after the state, and the state after x."""
+    keep = k.shape[-1] - 1
+    if initial_state is None:
+        return ops.causal_conv(x, k), (_tail(x, keep) if output_final_state else None)
+    stream = torch.cat([initial_state.to(x.dtype), x], dim=-1)
+    if 0 < x.shape[-1] <= DECODE_TOKENS:
+        dtype = torch.promote_types(torch.promote_types(x.dtype, k.dtype), torch.float32)
+        reach = stream.to(dtype).unfold(-1, keep + 1, 1)  # [B, D, T, L], a view
+        y = torch.einsum("bdtl,bdl->bdt" if k.ndim == 3 else "bdtl,dl->bdt", reach, k.to(dtype).flip(-1)).to(x.dtype)
+    else:
+        y = ops.causal_conv(stream, k)[..., keep:]
     return y, (_tail(stream, keep) if output_final_state else None)
 
 
@@ -156,6 +188,7 @@ def short_conv(
     activation: Literal["silu"] | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Short depthwise causal convolution y[t] = act(bias + sum_s w[:, s] u[t - s]).
@@ -165,6 +198,7 @@ def short_conv(
     Dtypes:   u float64, float32, bfloat16 or float16; sums of the weight gradient in float32 or float64; y in u.dtype.
     Memory:   saves u, w and the state.
     State:    the last W-1 values of u.
+    Packed:   cu_seqlens [N + 1] = [0, ..., T]: u is one row [1, D, T] of N documents; states are then [N, D, W-1].
     Exact to: reference.short_conv within 1e-12 relative in float64.
     Raises:   ValueError if shapes disagree, or the activation or backend is unknown.
     """
@@ -178,20 +212,21 @@ def short_conv(
     keep = w.shape[1] - 1
     if bias is not None:
         _check(name, bias.shape == (D,), f"bias must be [D] = [{D}]", str(tuple(bias.shape)))
-    if initial_state is not None:
-        _check(
-            name,
-            initial_state.shape == (B, D, keep),
-            f"initial_state must be [B, D, W-1] = [{B}, {D}, {keep}]",
-            str(tuple(initial_state.shape)),
-        )
+    documents = None if cu_seqlens is None else Documents.of(cu_seqlens, u, name)
+    _check_state(name, initial_state, (B if documents is None else documents.lengths.numel(), D, keep), "W")
     _check(name, activation in (None, "silu"), "activation must be None or 'silu'", repr(activation))
-    if backend == "reference":
+    state: Tensor | None
+    if documents is not None:
+        batch = documents.to_batch(u)
+        y, _ = short_conv(batch, w, bias, initial_state=initial_state, backend=backend)
+        y = documents.from_batch(y)
+        state = documents.last(batch, initial_state, keep)
+    elif backend == "reference":
         y, state = reference.short_conv(u, w, bias, initial_state)
     else:
         past = None if initial_state is None else initial_state.to(u.dtype)
         y = short.short_conv(u, w, bias, past)
-        state = _tail(u if past is None else torch.cat([past, u], dim=-1), keep)
+        state = _tail(u if past is None else torch.cat([past, u], dim=-1), keep) if output_final_state else None
     if activation == "silu":
         y = F.silu(y)
     return y, (state if output_final_state else None)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 28}
-"""Reals of one padded block: 1 MB in float32 on a CPU; on a GPU only a bound on memory."""
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}
+"""Reals of one padded block: 4 MB in float32 on a CPU; on a GPU only a bound on memory."""
 FRAME_RATIO = 4
 """Points of an overlap-save frame for each tap, at least."""
 SMALLEST_FRAME = 1024

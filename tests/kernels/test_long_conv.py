@@ -196,3 +196,14 @@ def test_fft_sizes_are_smooth_even_and_no_larger_than_a_power_of_two():
                 size //= prime
         assert size == 1
     assert fft_size(1025) == 1080
+
+
+@pytest.mark.parametrize("T", [1, 2, 4, 5])
+def test_decoding_after_a_state_makes_no_transform_and_matches_it(T):
+    a = tensors(2, 3, T, 50)
+    expected = run(a, "reference")
+    for name, actual in run(a, "torch").items():
+        assert_close(actual, expected[name], name)
+    with torch.profiler.profile() as profile:
+        long_conv(**a)
+    assert any("fft" in event.name for event in profile.events()) == (T > 4)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from seqengine.kernels.checks import check, check_floats, check_shape
 from seqengine.kernels.conv import ops, reference, short
 from seqengine.kernels.conv.packed import Documents
 
@@ -15,37 +16,21 @@ Backend = Literal["auto", "torch", "reference"]
 """auto: torch on every device. torch: FFT for long filters, multiply-adds for short ones. reference: the definition."""
 
 
-def _check(name: str, ok: bool, must: str, got: str, advice: str = "") -> None:
-    if not ok:
-        raise ValueError(f"{name}: {must}; got {got}.{' ' + advice if advice else ''}")
-
-
 def _check_backend(name: str, backend: str) -> None:
-    _check(
-        name, backend in ("auto", "torch", "reference"), "backend must be 'auto', 'torch' or 'reference'", repr(backend)
-    )
+    check(name, backend in ("auto", "torch", "reference"), "backend must be 'auto', 'torch' or 'reference'", backend)
 
 
-def _check_state(name: str, state: Tensor | None, shape: tuple[int, int, int], taps: str) -> None:
-    if state is not None:
-        must = f"initial_state must be [B, D, {taps}-1] = {list(shape)} (with cu_seqlens one row a document)"
-        _check(name, state.shape == shape, must, str(tuple(state.shape)))
-
-
-def _check_like(name: str, what: str, x: Tensor | None, u: Tensor) -> None:
-    if x is not None:
-        _check(name, x.shape == u.shape, f"{what} must have u's shape {tuple(u.shape)}", str(tuple(x.shape)))
+def _check_filter(name: str, what: str, k: Tensor, u: Tensor) -> None:
+    check(name, k.ndim in (2, 3) and k.shape[-1] >= 1, "{} must be [D, L], [G, L] or [B, D, L], L >= 1", k.shape, what)
+    if k.ndim == 3:
+        check(name, k.shape[:2] == u.shape[:2], "{} [B, D, L] must have B, D = {}", k.shape, what, tuple(u.shape[:2]))
 
 
 def expand_groups(k: Tensor, channels: int, name: str = "long_conv") -> Tensor:
     """[G, L] filters of `channels / G` neighbouring channels each -> [channels, L]; other shapes pass."""
     if k.ndim == 2 and k.shape[0] != channels:
-        _check(
-            name,
-            k.shape[0] > 0 and channels % k.shape[0] == 0,
-            f"a grouped filter k [G, L] needs G dividing D={channels}",
-            f"G={k.shape[0]}",
-        )
+        divides = k.shape[0] > 0 and channels % k.shape[0] == 0
+        check(name, divides, "a grouped filter k [G, L] needs G dividing D={}", k.shape, channels)
         return k.repeat_interleave(channels // k.shape[0], dim=0)
     return k
 
@@ -75,30 +60,23 @@ def long_conv(
     Packed:   cu_seqlens [N + 1] = [0, ..., T]: u is one row [1, D, T] of N documents, none of which sees another; states
               are then [N, D, L-1]. Costs what the batch padded to the longest document costs.
     Exact to: reference.long_conv within 1e-12 relative in float64; causal to the rounding of an FFT.
-    Raises:   ValueError if shapes disagree or the backend is unknown.
+    Raises:   ValueError if shapes, dtypes or devices do not fit, or the backend is unknown.
     References: Poli et al. 2023, arXiv:2302.10866; overlap-save state: kernels of Fu et al. 2023, arXiv:2311.05908.
     """
     name = "long_conv"
     _check_backend(name, backend)
-    _check(name, u.ndim == 3, "u must be [B, D, T]", str(tuple(u.shape)))
-    B, D, _ = u.shape
-    _check(
-        name,
-        k.ndim in (2, 3) and k.shape[-1] >= 1,
-        "k must be [D, L], [G, L] or [B, D, L], L >= 1",
-        str(tuple(k.shape)),
-    )
-    if k.ndim == 3:
-        _check(name, k.shape[:2] == u.shape[:2], f"k [B, D, L] must have B, D = {B}, {D}", str(tuple(k.shape)))
+    check(name, u.ndim == 3, "u must be [B, D, T]", u.shape)
+    _check_filter(name, "k", k, u)
+    B, D, T = u.shape
+    check_shape(name, "pre_gate", pre_gate, "[B, D, T]", B, D, T)
+    check_shape(name, "post_gate", post_gate, "[B, D, T]", B, D, T)
+    check_shape(name, "skip", skip, "[D]", D)
+    check_floats(name, u=u, k=k, skip=skip, pre_gate=pre_gate, post_gate=post_gate, initial_state=initial_state)
     k = expand_groups(k, D)
-    _check_like(name, "pre_gate", pre_gate, u)
-    _check_like(name, "post_gate", post_gate, u)
-    if skip is not None:
-        _check(name, skip.shape == (D,), f"skip must be [D] = [{D}]", str(tuple(skip.shape)))
     keep = k.shape[-1] - 1
     documents = None if cu_seqlens is None else Documents.of(cu_seqlens, u, name)
     rows = B if documents is None else documents.lengths.numel()
-    _check_state(name, initial_state, (rows, D, keep), "L")
+    check_shape(name, "initial_state", initial_state, "[B, D, L-1]", rows, D, keep)
     if backend == "reference" and documents is None:
         y, state = reference.long_conv(u, k, skip, pre_gate, post_gate, initial_state)
         return y, (state if output_final_state else None)
@@ -106,9 +84,7 @@ def long_conv(
     if documents is None:
         y, final = _convolve(x, k, initial_state, output_final_state)
     else:
-        _check(
-            name, k.ndim == 2, "with cu_seqlens all documents share the filter [D, L] or [G, L]", f"k {tuple(k.shape)}"
-        )
+        check(name, k.ndim == 2, "with cu_seqlens all documents share the filter k [D, L] or [G, L]", k.shape)
         batch = documents.to_batch(x)
         y, final = long_conv(batch, k, initial_state=initial_state, backend=backend)
         y = documents.from_batch(y)
@@ -152,26 +128,23 @@ def long_conv_bidirectional(
     Shapes:   as in `long_conv`; k_forward and k_backward may differ in length. Lag 0 is in both filters: set
               k_backward[..., 0] = 0 to count it once.
     Exact to: long_conv(x, k_forward) + flip(long_conv(flip(x), k_backward)) within 1e-12 relative in float64.
-    Raises:   ValueError if shapes disagree or the backend is unknown.
+    Raises:   ValueError if shapes, dtypes or devices do not fit, or the backend is unknown.
     """
+    name = "long_conv_bidirectional"
+    check(name, u.ndim == 3, "u must be [B, D, T]", u.shape)
+    _check_filter(name, "k_backward", k_backward, u)
+    check_shape(name, "pre_gate", pre_gate, "[B, D, T]", *u.shape)
+    check_shape(name, "post_gate", post_gate, "[B, D, T]", *u.shape)
+    check_floats(name, u=u, k_backward=k_backward, pre_gate=pre_gate, post_gate=post_gate)
     x = u if pre_gate is None else pre_gate * u
     y, _ = long_conv(x, k_forward, skip=skip, backend=backend)
     if backend == "reference":
         mirrored, _ = long_conv(x.flip(-1), k_backward, backend=backend)
         y = y + mirrored.flip(-1)
     else:
-        _check(
-            "long_conv_bidirectional",
-            k_backward.ndim in (2, 3) and k_backward.shape[-1] >= 1,
-            "k_backward must be [D, L], [G, L] or [B, D, L], L >= 1",
-            str(tuple(k_backward.shape)),
-        )
-        ahead, _ = ops.causal_conv_backward(x, x, expand_groups(k_backward, u.shape[1]), True, False)
+        ahead, _ = ops.causal_conv_backward(x, x, expand_groups(k_backward, u.shape[1], name), True, False)
         y = y + ahead
-    if post_gate is not None:
-        _check_like("long_conv_bidirectional", "post_gate", post_gate, u)
-        y = post_gate * y
-    return y
+    return y if post_gate is None else post_gate * y
 
 
 def _tail(stream: Tensor, keep: int) -> Tensor:
@@ -200,21 +173,20 @@ def short_conv(
     State:    the last W-1 values of u.
     Packed:   cu_seqlens [N + 1] = [0, ..., T]: u is one row [1, D, T] of N documents; states are then [N, D, W-1].
     Exact to: reference.short_conv within 1e-12 relative in float64.
-    Raises:   ValueError if shapes disagree, or the activation or backend is unknown.
+    Raises:   ValueError if shapes, dtypes or devices do not fit, or the activation or backend is unknown.
     """
     name = "short_conv"
     _check_backend(name, backend)
-    _check(name, u.ndim == 3, "u must be [B, D, T]", str(tuple(u.shape)))
+    check(name, u.ndim == 3, "u must be [B, D, T]", u.shape)
     B, D, _ = u.shape
-    _check(
-        name, w.ndim == 2 and w.shape[0] == D and w.shape[1] >= 1, f"w must be [D, W] with D={D}", str(tuple(w.shape))
-    )
+    check(name, w.ndim == 2 and w.shape[0] == D and w.shape[1] >= 1, "w must be [D, W] with D={}, W >= 1", w.shape, D)
+    check_shape(name, "bias", bias, "[D]", D)
+    check_floats(name, u=u, w=w, bias=bias, initial_state=initial_state)
+    check(name, activation in (None, "silu"), "activation must be None or 'silu'", activation)
     keep = w.shape[1] - 1
-    if bias is not None:
-        _check(name, bias.shape == (D,), f"bias must be [D] = [{D}]", str(tuple(bias.shape)))
     documents = None if cu_seqlens is None else Documents.of(cu_seqlens, u, name)
-    _check_state(name, initial_state, (B if documents is None else documents.lengths.numel(), D, keep), "W")
-    _check(name, activation in (None, "silu"), "activation must be None or 'silu'", repr(activation))
+    rows = B if documents is None else documents.lengths.numel()
+    check_shape(name, "initial_state", initial_state, "[B, D, W-1]", rows, D, keep)
     state: Tensor | None
     if documents is not None:
         batch = documents.to_batch(u)

@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from seqengine.kernels.checks import check
 from seqengine.kernels.modal import reference
 from seqengine.kernels.modal.filter import ModalFilter, powers, real_dtype, to_double
 from seqengine.kernels.modal.scan import ModalConv
@@ -13,20 +14,13 @@ Backend = Literal["auto", "torch", "reference"]
 """auto: torch on every device. torch: chunks and states by matrix products. reference: the recurrence, step by step."""
 
 
-def _check(name: str, ok: bool, must: str, got: object, *expected: object) -> None:
-    """`must` is filled with `expected` only when it is raised: text of symbolic sizes cannot be compiled."""
-    if not ok:
-        shown = tuple(got) if isinstance(got, torch.Size) else got
-        raise ValueError(f"{name}: {must.format(*expected)}; got {shown}.")
-
-
 def _check_parameters(name: str, log_poles: Tensor, residues: Tensor) -> None:
-    _check(name, log_poles.ndim == 2 and log_poles.shape[1] >= 1, "log_poles must be [D, N], N >= 1", log_poles.shape)
+    check(name, log_poles.ndim == 2 and log_poles.shape[1] >= 1, "log_poles must be [D, N], N >= 1", log_poles.shape)
     must = "residues must have log_poles' shape {}"
-    _check(name, residues.shape == log_poles.shape, must, residues.shape, tuple(log_poles.shape))
+    check(name, residues.shape == log_poles.shape, must, residues.shape, tuple(log_poles.shape))
     dtypes = (torch.float32, torch.float64, torch.complex64, torch.complex128)
     for what, x in (("log_poles", log_poles), ("residues", residues)):
-        _check(name, x.dtype in dtypes, "{} must be float32, float64, complex64 or complex128", x.dtype, what)
+        check(name, x.dtype in dtypes, "{} must be float32, float64, complex64 or complex128", x.dtype, what)
 
 
 def _check_conv(
@@ -39,12 +33,12 @@ def _check_conv(
     post_gate: Tensor | None,
     initial_state: Tensor | None,
 ) -> None:
-    _check(name, u.ndim == 3, "u must be [B, D, T]", u.shape)
+    check(name, u.ndim == 3, "u must be [B, D, T]", u.shape)
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    _check(name, u.dtype in dtypes, "u must be float64, float32, bfloat16 or float16", u.dtype)
+    check(name, u.dtype in dtypes, "u must be float64, float32, bfloat16 or float16", u.dtype)
     _check_parameters(name, log_poles, residues)
     B, D, _ = u.shape
-    _check(name, log_poles.shape[0] == D, "log_poles must be [D, N] with D={}", log_poles.shape, D)
+    check(name, log_poles.shape[0] == D, "log_poles must be [D, N] with D={}", log_poles.shape, D)
     for what, x, shape, letters in (
         ("skip", skip, (D,), "[D]"),
         ("pre_gate", pre_gate, u.shape, "[B, D, T]"),
@@ -52,9 +46,9 @@ def _check_conv(
         ("initial_state", initial_state, (B, D, log_poles.shape[1]), "[B, D, N]"),
     ):
         if x is not None:
-            _check(name, x.shape == shape, "{} must be {} = {}", x.shape, what, letters, tuple(shape))
+            check(name, x.shape == shape, "{} must be {} = {}", x.shape, what, letters, tuple(shape))
             may_be_complex = what == "initial_state" and log_poles.is_complex()
-            _check(name, may_be_complex or not x.is_complex(), "{} must be real here", x.dtype, what)
+            check(name, may_be_complex or not x.is_complex(), "{} must be real here", x.dtype, what)
 
 
 def _same_kind(log_poles: Tensor, residues: Tensor) -> Tensor:
@@ -79,7 +73,7 @@ def modal_filter(log_poles: Tensor, residues: Tensor, length: int) -> Tensor:
     """
     name = "modal_filter"
     _check_parameters(name, log_poles, residues)
-    _check(name, isinstance(length, int) and length >= 0, "length must be an int >= 0", length)
+    check(name, isinstance(length, int) and length >= 0, "length must be an int >= 0", length)
     residues = _same_kind(log_poles, residues)
     if length == 0 or log_poles.shape[0] == 0:
         return reference.modal_filter(log_poles, residues, length).to(real_dtype(log_poles, residues))
@@ -118,7 +112,7 @@ def modal_conv(
               arXiv:2503.01868.
     """
     name = "modal_conv"
-    _check(name, backend in ("auto", "torch", "reference"), "backend must be 'auto', 'torch' or 'reference'", backend)
+    check(name, backend in ("auto", "torch", "reference"), "backend must be 'auto', 'torch' or 'reference'", backend)
     _check_conv(name, u, log_poles, residues, skip, pre_gate, post_gate, initial_state)
     residues = _same_kind(log_poles, residues)
     dtype = real_dtype(u, log_poles, residues)

@@ -171,11 +171,18 @@ def test_two_runs_agree_bit_for_bit():
         ({"u": torch.zeros(3, 4)}, r"u must be \[B, D, T\]"),
         ({"k": torch.zeros(5, 4)}, "G dividing D=4"),
         ({"k": torch.zeros(4, 0)}, "L >= 1"),
-        ({"k": torch.zeros(1, 4, 3)}, r"B, D = 2, 4"),
+        ({"k": torch.zeros(1, 4, 3)}, r"B, D = \(2, 4\)"),
         ({"skip": torch.zeros(3)}, "skip must be"),
-        ({"pre_gate": torch.zeros(2, 4, 5)}, "pre_gate must have"),
-        ({"post_gate": torch.zeros(2, 1, 6)}, "post_gate must have"),
+        ({"pre_gate": torch.zeros(2, 4, 5)}, "pre_gate must be"),
+        ({"post_gate": torch.zeros(2, 1, 6)}, "post_gate must be"),
         ({"initial_state": torch.zeros(2, 4, 3)}, r"initial_state must be \[B, D, L-1\]"),
+        (
+            {"u": torch.zeros(2, 4, 6, dtype=torch.int64)},
+            "u must be float64, float32, bfloat16 or float16; got torch.int64",
+        ),
+        ({"k": torch.zeros(4, 3, dtype=torch.complex64)}, "k must be float64"),
+        ({"k": torch.zeros(4, 3, device="meta")}, "k must be on cpu, like the other arguments; got meta"),
+        ({"skip": torch.zeros(4, device="meta")}, "skip must be on cpu"),
         ({"backend": "cudnn"}, "backend must be"),
     ],
 )
@@ -207,3 +214,10 @@ def test_decoding_after_a_state_makes_no_transform_and_matches_it(T):
     with torch.profiler.profile() as profile:
         long_conv(**a)
     assert any("fft" in event.name for event in profile.events()) == (T > 4)
+
+
+def test_compiles_for_any_length():
+    compiled = torch.compile(lambda u, k: long_conv(u, k)[0], fullgraph=True, backend="aot_eager", dynamic=True)
+    for T in (20, 21, 50):
+        a = tensors(2, 3, T, 11)
+        assert_close(compiled(a["u"], a["k"]), long_conv(a["u"], a["k"])[0])

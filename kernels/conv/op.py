@@ -82,34 +82,31 @@ def long_conv(
         return y, (state if output_final_state else None)
     x = u if pre_gate is None else pre_gate * u
     if documents is None:
-        y, final = _convolve(x, k, initial_state, output_final_state)
+        y, final = _convolve(x, k, skip, initial_state, output_final_state)
     else:
         check(name, k.ndim == 2, "with cu_seqlens all documents share the filter k [D, L] or [G, L]", k.shape)
         batch = documents.to_batch(x)
-        y, final = long_conv(batch, k, initial_state=initial_state, backend=backend)
+        y, final = long_conv(batch, k, skip=skip, initial_state=initial_state, backend=backend)
         y = documents.from_batch(y)
         final = documents.last(batch, initial_state, keep) if output_final_state else None
-    if skip is not None:
-        y = torch.addcmul(y, x, skip[:, None].to(x.dtype))
-    if post_gate is not None:
-        y = post_gate * y
-    return y, final
+    return (y if post_gate is None else post_gate * y), final
 
 
 def _convolve(
-    x: Tensor, k: Tensor, initial_state: Tensor | None, output_final_state: bool
+    x: Tensor, k: Tensor, skip: Tensor | None, initial_state: Tensor | None, output_final_state: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """k (*) x after the state, and the state after x."""
+    """k (*) x + skip x after the state, and the state after x."""
     keep = k.shape[-1] - 1
     if initial_state is None:
-        return ops.causal_conv(x, k), (_tail(x, keep) if output_final_state else None)
+        return ops.causal_conv(x, k, skip), (_tail(x, keep) if output_final_state else None)
     stream = torch.cat([initial_state.to(x.dtype), x], dim=-1)
     if 0 < x.shape[-1] <= DECODE_TOKENS:
         dtype = torch.promote_types(torch.promote_types(x.dtype, k.dtype), torch.float32)
         reach = stream.to(dtype).unfold(-1, keep + 1, 1)  # [B, D, T, L], a view
         y = torch.einsum("bdtl,bdl->bdt" if k.ndim == 3 else "bdtl,dl->bdt", reach, k.to(dtype).flip(-1)).to(x.dtype)
+        y = y if skip is None else torch.addcmul(y, x, skip[:, None].to(x.dtype))
     else:
-        y = ops.causal_conv(stream, k)[..., keep:]
+        y = ops.causal_conv(stream, k, skip)[..., keep:]
     return y, (_tail(stream, keep) if output_final_state else None)
 
 
@@ -142,7 +139,7 @@ def long_conv_bidirectional(
         mirrored, _ = long_conv(x.flip(-1), k_backward, backend=backend)
         y = y + mirrored.flip(-1)
     else:
-        ahead, _ = ops.causal_conv_backward(x, x, expand_groups(k_backward, u.shape[1], name), True, False)
+        ahead, _ = ops.causal_conv_backward(x, x, expand_groups(k_backward, u.shape[1], name), None, True, False)
         y = y + ahead
     return y if post_gate is None else post_gate * y
 

@@ -1,22 +1,30 @@
 """Long convolution by FFT in plain torch, without autograd: the arithmetic behind the custom operators of `ops.py`.
 
-Two methods. Whole: one transform of T + L - 1 points a row. Overlap-save: frames of N points that step by N - L + 1, when the
-filter is short against the sequence: fewer points, and a frame stays in the cache. Both work through the channels in blocks: on
-a CPU the page faults of large temporaries cost more than the transforms. Gradients transform dy once for both dx and dk.
+Three methods. Whole: one transform of T + L - 1 points a row. Frames (overlap-save), when the filter is short: frames of N
+points that step by N - L + 1. Partitions, when both are long: see `partitioned.py`. The last two keep each transform in
+the cache. All work through the channels in blocks: on a CPU the page faults of large temporaries cost more than the
+transforms. Gradients transform dy once for both dx and dk.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from seqengine.kernels.conv.partitioned import convolve_block, gradients_block, pieces
+
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}
 """Reals of one padded block: 4 MB in float32 on a CPU; on a GPU only a bound on memory."""
+LONGEST_WHOLE = 1 << 15
+"""Points of a single transform on a CPU: longer ones leave the cache, and cost two to three times as much a point."""
 FRAME_RATIO = 4
 """Points of an overlap-save frame for each tap, at least."""
-SMALLEST_FRAME = 1024
+SMALLEST_FRAME, LONGEST_FRAME = 1 << 10, 1 << 13
+SMALLEST_PIECE, MOST_PIECES = 1 << 13, 8
+"""Partitions: pieces of at least so many values, and, where that allows, at most so many pieces."""
 
 
 @lru_cache(maxsize=256)
@@ -39,43 +47,48 @@ def fft_size(length: int) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """How T outputs of an L-tap filter are made: `count` frames of `size` points, `hop` outputs each."""
+    """How T outputs of an L-tap filter are made.
 
+    whole: one transform of `size`. frames: `count` of `size` points, `hop` outputs each. partitions: pieces of `hop`.
+    """
+
+    method: Literal["whole", "frames", "partitions"]
     size: int
     hop: int
     count: int
 
-    @property
-    def is_whole(self) -> bool:
-        return self.count == 1
-
 
 @lru_cache(maxsize=1024)
 def plan(T: int, L: int, device_type: str) -> Plan:
-    """Overlap-save where the sequence holds at least two frames, else whole.
+    """Frames where the sequence holds two of them and more; else whole if that stays in the cache; else partitions.
 
     On a GPU always whole: launches cost more than points there.
     """
     whole = fft_size(T + L - 1)
     frame = max(SMALLEST_FRAME, 1 << (FRAME_RATIO * L - 1).bit_length())
-    hop = frame - L + 1
-    count = -(-T // hop)
-    if device_type == "cpu" and frame * 2 <= whole:
-        return Plan(frame, hop, count)
-    return Plan(whole, T, 1)
+    if device_type == "cpu" and frame <= LONGEST_FRAME and 2 * frame <= whole:
+        hop = frame - L + 1
+        return Plan("frames", frame, hop, -(-T // hop))
+    if device_type == "cpu" and whole > LONGEST_WHOLE:
+        piece = max(SMALLEST_PIECE, 1 << (-(-L // MOST_PIECES) - 1).bit_length())
+        return Plan("partitions", 2 * piece, piece, pieces(T, piece))
+    return Plan("whole", whole, T, 1)
 
 
-def convolve(x: Tensor, k: Tensor) -> Tensor:
-    """y[b, d, t] = sum_s k[d, s] x[b, d, t - s]: x [B, D, T], k [D, L] or [B, D, L]; y [B, D, T] in x.dtype, contiguous."""
+def convolve(x: Tensor, k: Tensor, skip: Tensor | None = None) -> Tensor:
+    """y[b, d, t] = sum_s k[d, s] x[b, d, t - s] + skip[d] x[b, d, t]: y [B, D, T] in x.dtype, contiguous."""
     T, L = x.shape[-1], min(k.shape[-1], x.shape[-1])
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
     how, dtype = plan(T, L, x.device.type), _accumulation_dtype(x, k)
     for block in _blocks(x.shape[0], x.shape[1], how, x.device):
-        taps = torch.fft.rfft(_taps(k, block, L).to(dtype), n=how.size)
-        part = x[:, block].to(dtype)
-        if how.is_whole:
+        part, filters = x[:, block].to(dtype), _filters(k, skip, block, L, dtype)
+        if how.method == "partitions":
+            y[:, block] = convolve_block(part, filters, how.hop)
+            continue
+        taps = torch.fft.rfft(filters, n=how.size)
+        if how.method == "whole":
             spectrum = torch.fft.rfft(part, n=how.size).mul_(taps)
             y[:, block] = torch.fft.irfft(spectrum, n=how.size)[..., :T]
             continue
@@ -86,7 +99,9 @@ def convolve(x: Tensor, k: Tensor) -> Tensor:
     return y
 
 
-def gradients(dy: Tensor, x: Tensor, k: Tensor, need_x: bool, need_k: bool) -> tuple[Tensor, Tensor]:
+def gradients(
+    dy: Tensor, x: Tensor, k: Tensor, skip: Tensor | None, need_x: bool, need_k: bool
+) -> tuple[Tensor, Tensor]:
     """dx[b, d, s] = sum_t dy[t] k[t - s] and dk[d, j] = sum_{b, t} dy[t] x[t - j], of the shapes and dtypes of x and k.
 
     What is not needed is an empty tensor. dk is summed over the batch, unless k has one; taps beyond T get zero.
@@ -98,29 +113,53 @@ def gradients(dy: Tensor, x: Tensor, k: Tensor, need_x: bool, need_k: bool) -> t
         return dx, dk
     how, dtype = plan(T, L, x.device.type), _accumulation_dtype(x, k)
     for block in _blocks(x.shape[0], x.shape[1], how, x.device):
-        # Frames of dy reach L - 1 positions ahead; those of x are its hops alone, so that products do not wrap around.
-        ahead, alone = dy[:, block].to(dtype), x[:, block].to(dtype) if need_k else None
-        if not how.is_whole:
-            ahead = _frames(ahead, how, before=0)
-            alone = (
-                None
-                if alone is None
-                else F.pad(alone, (0, how.count * how.hop - T)).unflatten(-1, (how.count, how.hop))
-            )
-        spectrum = torch.fft.rfft(ahead, n=how.size)
-        if alone is not None:
-            product = torch.fft.rfft(alone, n=how.size).conj_physical_().mul_(spectrum)
-            if not how.is_whole:
-                product = product.sum(dim=-2)
-            if k.ndim == 2:
-                product = product.sum(dim=0)
-            dk[..., block, :L] = torch.fft.irfft(product, n=how.size)[..., :L]
-        if need_x:
-            taps = torch.fft.rfft(_taps(k, block, L).to(dtype), n=how.size).conj_physical_()
-            spectrum.mul_(taps if how.is_whole else taps[..., None, :])
-            rows = torch.fft.irfft(spectrum, n=how.size)[..., : how.hop]
-            dx[:, block] = rows if how.is_whole else rows.flatten(-2)[..., :T]
+        grad, part = dy[:, block].to(dtype), x[:, block].to(dtype)
+        filters = _filters(k, skip, block, L, dtype)
+        if how.method == "partitions":
+            found = gradients_block(grad, part, filters, how.hop, need_x, need_k)
+        else:
+            found = _gradients_block(grad, part, filters, how, need_x, need_k)
+        if found[0] is not None:
+            dx[:, block] = found[0]
+        if found[1] is not None:
+            dk[..., block, :L] = found[1]
     return dx, dk
+
+
+def _gradients_block(
+    dy: Tensor, x: Tensor, k: Tensor, how: Plan, need_x: bool, need_k: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """By whole transforms or frames.
+
+    Frames of dy reach L - 1 positions ahead, those of x are its hops alone: no product wraps around.
+    """
+    T, L = x.shape[-1], k.shape[-1]
+    is_whole = how.method == "whole"
+    spectrum = torch.fft.rfft(dy if is_whole else _frames(dy, how, before=0), n=how.size)
+    dx: Tensor | None = None
+    dk: Tensor | None = None
+    if need_k:
+        alone = x if is_whole else F.pad(x, (0, how.count * how.hop - T)).unflatten(-1, (how.count, how.hop))
+        product = torch.fft.rfft(alone, n=how.size).conj_physical_().mul_(spectrum)
+        product = product if is_whole else product.sum(dim=-2)
+        product = product.sum(dim=0) if k.ndim == 2 else product
+        dk = torch.fft.irfft(product, n=how.size)[..., :L]
+    if need_x:
+        taps = torch.fft.rfft(k, n=how.size).conj_physical_()
+        spectrum.mul_(taps if is_whole else taps[..., None, :])
+        rows = torch.fft.irfft(spectrum, n=how.size)[..., : how.hop]
+        dx = rows if is_whole else rows.flatten(-2)[..., :T]
+    return dx, dk
+
+
+def _filters(k: Tensor, skip: Tensor | None, block: slice, L: int, dtype: torch.dtype) -> Tensor:
+    """The first L taps of some channels, skip added to lag 0."""
+    filters = k[..., block, :L].to(dtype)
+    if skip is None:
+        return filters
+    filters = filters.clone() if k.dtype == dtype else filters
+    filters[..., 0] += skip[block].to(dtype)
+    return filters
 
 
 def _accumulation_dtype(x: Tensor, k: Tensor) -> torch.dtype:
@@ -130,10 +169,6 @@ def _accumulation_dtype(x: Tensor, k: Tensor) -> torch.dtype:
 def _blocks(batch: int, channels: int, how: Plan, device: torch.device) -> list[slice]:
     width = max(1, BLOCK_ELEMENTS.get(device.type, 1 << 24) // max(1, batch * how.size * how.count))
     return [slice(start, min(start + width, channels)) for start in range(0, channels, width)]
-
-
-def _taps(k: Tensor, block: slice, L: int) -> Tensor:
-    return k[..., block, :L]
 
 
 def _frames(x: Tensor, how: Plan, before: int) -> Tensor:

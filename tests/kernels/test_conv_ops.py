@@ -22,14 +22,27 @@ def through_one_transform(x, k):
 
 
 @pytest.mark.parametrize(
-    ("T", "L"), [(2048, 2), (3001, 33), (5000, 256), (10007, 511), (9000, 1000), (4097, 4097), (30000, 257)], ids=str
+    ("T", "L"),
+    [
+        (2048, 2),
+        (3001, 33),
+        (5000, 256),
+        (10007, 511),
+        (9000, 1000),
+        (4097, 4097),
+        (30000, 257),
+        (40000, 40000),
+        (40001, 5000),
+        (70003, 9000),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("filters", ["shared", "batch"])
 def test_both_methods_match_one_long_transform_with_gradients(T, L, filters):
     x, k = randn(2, 3, T), randn(*((2,) if filters == "batch" else ()), 3, L, seed=1)
     dy = randn(2, 3, T, seed=2)
     leaves, plain = ([t.clone().requires_grad_() for t in (x, k)] for _ in range(2))
-    y, expected = ops.causal_conv(*leaves), through_one_transform(*plain)
+    y, expected = ops.causal_conv(*leaves, None), through_one_transform(*plain)
     assert_close(y, expected, "y")
     (y * dy).sum().backward()
     (expected * dy).sum().backward()
@@ -37,22 +50,27 @@ def test_both_methods_match_one_long_transform_with_gradients(T, L, filters):
         assert_close(a.grad, b.grad, name)
 
 
-def test_plan_takes_frames_for_short_filters_and_one_transform_for_long_ones():
-    assert plan(1 << 16, 128, "cpu").count > 1
-    assert plan(1 << 16, 1 << 16, "cpu").is_whole
-    assert plan(100, 3, "cpu").is_whole
-    assert plan(1 << 16, 128, "cuda").is_whole
-    for T, L in [(5000, 3), (5000, 250), (100_003, 8191)]:
+def test_plan_follows_the_documented_table():
+    assert plan(1 << 16, 128, "cpu").method == "frames"
+    assert plan(1 << 14, 1 << 14, "cpu").method == "whole"
+    assert plan(100, 3, "cpu").method == "whole"
+    assert plan(1 << 16, 1 << 16, "cpu").method == "partitions"
+    assert plan(1 << 17, 1 << 14, "cpu").method == "partitions"
+    assert plan(1 << 16, 128, "cuda").method == "whole"
+    assert plan(1 << 22, 1 << 22, "cpu").count == 8
+    for T, L in [(5000, 3), (5000, 250), (100_003, 8191), (100_003, 100_003)]:
         how = plan(T, L, "cpu")
         assert how.count * how.hop >= T
-        assert how.size >= how.hop + L - 1
+        assert how.method != "frames" or how.size >= how.hop + L - 1
 
 
 def test_gradgradcheck():
     x, k = randn(2, 2, 5).requires_grad_(), randn(2, 3, seed=1).requires_grad_()
-    assert torch.autograd.gradgradcheck(ops.causal_conv, (x, k))
-    per_sample = randn(2, 2, 4, seed=2).requires_grad_()
-    assert torch.autograd.gradgradcheck(ops.causal_conv, (x, per_sample))
+    assert torch.autograd.gradgradcheck(ops.causal_conv, (x, k, None))
+    per_sample, skip = randn(2, 2, 4, seed=2).requires_grad_(), randn(2, seed=3).requires_grad_()
+    assert torch.autograd.gradgradcheck(ops.causal_conv, (x, per_sample, None))
+    assert torch.autograd.gradgradcheck(ops.causal_conv, (x, k, skip))
+    assert torch.autograd.gradgradcheck(ops.causal_conv, (x, per_sample, skip))
 
 
 def test_gradgradcheck_of_the_gated_convolution_with_states():
@@ -80,8 +98,11 @@ def test_operators_keep_torchs_contract(needed, k_shape):
         randn(*k_shape, seed=1).requires_grad_(),
         randn(2, 3, 9, seed=2).requires_grad_(),
     )
-    torch.library.opcheck(ops.causal_conv, (x, k))
-    torch.library.opcheck(ops.causal_conv_backward, (dy, x, k, *needed))
+    skip = randn(3, seed=3).requires_grad_()
+    torch.library.opcheck(ops.causal_conv, (x, k, None))
+    torch.library.opcheck(ops.causal_conv, (x, k, skip))
+    torch.library.opcheck(ops.causal_conv_backward, (dy, x, k, skip, *needed))
+    torch.library.opcheck(ops.causal_conv_backward, (dy, x, k, None, *needed))
 
 
 def test_compiles_whole_forward_and_backward():

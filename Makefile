@@ -4,13 +4,18 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 
-.PHONY: demo test install lint types clean
+.PHONY: demo test bench install lint types clean
 
 demo: $(STAMP)
 	$(BIN)/seqengine demo $(if $(FASTA),--fasta "$(FASTA)") $(SETTINGS)
 
+# Triton decides at its import whether it interprets: its kernels have a session of their own.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -q tests/kernels/triton
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST)
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/conv.py --out benchmarks/results/latest
 
 install: $(STAMP)
 

@@ -2,9 +2,9 @@
 
     python benchmarks/conv.py --lengths 2^14 2^17 100003 --taps T T/8 128 --batch 1 4 --out benchmarks/results/here
 
-The reference is what the field's models call: rfft of size 2T of input and filter, product, irfft, skip added, differentiated by
-torch. A case is timed only if our output and gradients are right against float64; each repetition times both, one after the
-other, so that a busy machine slows both. Prints a line a case; writes conv.json and conv.png.
+The reference is what the field's models call: rfft of size 2T of input and filter, product, irfft, skip added,
+differentiated by torch. A case is timed only if our output and gradients are right against float64; each repetition times
+both, one after the other, so that a busy machine slows both. Prints a line a case; writes conv.json and conv.png.
 """
 
 import argparse
@@ -176,6 +176,16 @@ def parse_taps(text: str, length: int) -> int:
     return int(text)
 
 
+def describe(r: Result) -> str:
+    """One line for people."""
+    low, high = r.both_ratio_spread
+    return (
+        f"B {r.batch} D {r.channels} T {r.length:>7} L {r.taps:>7}: forward {r.forward_ratio:5.2f}x, "
+        f"forward + backward {r.both_ratio:5.2f}x ({low:.2f}..{high:.2f}), {r.ours_both_ms:8.1f} ms, "
+        f"saves {r.ours_saved_bytes / 2**20:.0f} of {r.reference_saved_bytes / 2**20:.0f} MiB, error {r.largest_error:.0e}"
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", nargs="+", type=parse_length, default=[2**14, 2**15, 2**16, 100_003, 2**17])
@@ -199,13 +209,7 @@ def main() -> int:
                     arguments.device, arguments.repetitions,
                 )  # fmt: skip
                 results.append(r)
-                print(
-                    f"B {r.batch} D {r.channels} T {r.length:>7} L {r.taps:>7}: forward {r.forward_ratio:5.2f}x, "
-                    f"forward + backward {r.both_ratio:5.2f}x ({r.both_ratio_spread[0]:.2f}..{r.both_ratio_spread[1]:.2f}), "
-                    f"{r.ours_both_ms:8.1f} ms, saves {r.ours_saved_bytes / 2**20:.0f} of {r.reference_saved_bytes / 2**20:.0f} MiB, "
-                    f"error {r.largest_error:.0e}",
-                    flush=True,
-                )
+                print(describe(r), flush=True)
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         record = {

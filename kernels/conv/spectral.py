@@ -18,11 +18,11 @@ from seqengine.kernels.conv.partitioned import convolve_block, gradients_block, 
 
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}
 """Reals of one padded block: 4 MB in float32 on a CPU; on a GPU only a bound on memory."""
-LONGEST_WHOLE = 1 << 15
-"""Points of a single transform on a CPU: longer ones leave the cache, and cost two to three times as much a point."""
+IN_CACHE, LONGEST_WHOLE = 1 << 15, 1 << 16
+"""Points of a single transform on a CPU. Up to the first it stays in a core's cache; beyond the second, partitions are faster."""
 FRAME_RATIO = 4
 """Points of an overlap-save frame for each tap, at least."""
-SMALLEST_FRAME, LONGEST_FRAME = 1 << 10, 1 << 13
+SMALLEST_FRAME, LONGEST_FRAME = 1 << 10, 1 << 15
 SMALLEST_PIECE, MOST_PIECES = 1 << 13, 8
 """Partitions: pieces of at least so many values, and, where that allows, at most so many pieces."""
 
@@ -60,13 +60,15 @@ class Plan:
 
 @lru_cache(maxsize=1024)
 def plan(T: int, L: int, device_type: str) -> Plan:
-    """Frames where the sequence holds two of them and more; else whole if that stays in the cache; else partitions.
+    """Frames where the sequence holds several; else whole while that is short enough; else partitions.
 
-    On a GPU always whole: launches cost more than points there.
+    Two frames are enough where one transform would leave the cache, four where it would not. On a GPU always whole: launches
+    cost more than points there. Measured on two cores, D = 256, T = 2^14 .. 2^17 (benchmarks/conv.py).
     """
     whole = fft_size(T + L - 1)
     frame = max(SMALLEST_FRAME, 1 << (FRAME_RATIO * L - 1).bit_length())
-    if device_type == "cpu" and frame <= LONGEST_FRAME and 2 * frame <= whole:
+    enough = 2 if whole > IN_CACHE else 4
+    if device_type == "cpu" and frame <= LONGEST_FRAME and enough * frame <= whole:
         hop = frame - L + 1
         return Plan("frames", frame, hop, -(-T // hop))
     if device_type == "cpu" and whole > LONGEST_WHOLE:

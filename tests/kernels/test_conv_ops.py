@@ -53,6 +53,9 @@ def test_both_methods_match_one_long_transform_with_gradients(T, L, filters):
 def test_plan_follows_the_documented_table():
     assert plan(1 << 16, 128, "cpu").method == "frames"
     assert plan(1 << 14, 1 << 14, "cpu").method == "whole"
+    assert plan(1 << 14, 1 << 11, "cpu").method == "whole"
+    assert plan(1 << 15, 1 << 12, "cpu").method == "frames"
+    assert plan(1 << 15, 1 << 15, "cpu").method == "whole"
     assert plan(100, 3, "cpu").method == "whole"
     assert plan(1 << 16, 1 << 16, "cpu").method == "partitions"
     assert plan(1 << 17, 1 << 14, "cpu").method == "partitions"

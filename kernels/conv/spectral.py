@@ -19,7 +19,7 @@ from seqengine.kernels.conv.partitioned import convolve_block, gradients_block, 
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}
 """Reals of one padded block: 4 MB in float32 on a CPU; on a GPU only a bound on memory."""
 IN_CACHE, LONGEST_WHOLE = 1 << 15, 1 << 16
-"""Points of a single transform on a CPU. Up to the first it stays in a core's cache; beyond the second, partitions are faster."""
+"""Points of one transform on a CPU. Up to the first it stays in a core's cache; beyond the second, partitions are faster."""
 FRAME_RATIO = 4
 """Points of an overlap-save frame for each tap, at least."""
 SMALLEST_FRAME, LONGEST_FRAME = 1 << 10, 1 << 15

@@ -4,32 +4,16 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from seqengine.kernels.conv.op import long_conv
 from seqengine.kernels.modal import scan
 from seqengine.kernels.modal.op import modal_conv, modal_filter
+from tests.kernels.largest_tensor import LargestTensor
 from tests.tolerances import RELATIVE, assert_close
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 TOKENS = [1, 2, 3, 63, 64, 65, 257, 1000]
 KINDS = ["real", "complex"]
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements that any operation returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.elements = max(self.elements, leaf.numel())
-        return result
 
 
 def tensors(B, D, T, N, kind, dtype=torch.float64, seed=0):

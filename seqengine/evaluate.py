@@ -69,11 +69,16 @@ def arithmetic(config: RunConfig, device: torch.device) -> AbstractContextManage
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision.params == "bf16")
 
 
+def _most_windows(config: RunConfig, mesh: Mesh) -> int:
+    """Windows of which a rank's parts hold MICRO_BATCH_TOKENS, at least one."""
+    return max(1, MICRO_BATCH_TOKENS * mesh.sequence_size // config.data.seq_len)
+
+
 def micro_batch_rows(config: RunConfig, rows: int, mesh: Mesh) -> int:
     """Windows per forward pass: a divisor of `rows`, as large as MICRO_BATCH_TOKENS on a rank allow."""
     if config.train.micro_batch != "auto":
         return min(config.train.micro_batch, rows)
-    most = max(1, MICRO_BATCH_TOKENS * mesh.sequence_size // config.data.seq_len)
+    most = _most_windows(config, mesh)
     return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= most)
 
 
@@ -90,7 +95,7 @@ def evaluate(model: LanguageModel, windows: Windows, config: RunConfig, mesh: Me
     chosen = validation_indices(len(windows), config.eval.windows)
     bounds = offsets(split_sizes(len(chosen), mesh.num_replicas))
     mine = chosen[bounds[mesh.replica] : bounds[mesh.replica + 1]]
-    most = max(1, MICRO_BATCH_TOKENS * mesh.sequence_size // config.data.seq_len)
+    most = _most_windows(config, mesh)
     total, count = 0.0, 0
     for start in range(0, len(mine), most):
         ids, labels = read_windows(windows, mine[start : start + most], begin=begin, end=end)

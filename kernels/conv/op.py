@@ -86,7 +86,7 @@ def long_conv(
     else:
         check(name, k.ndim == 2, "with cu_seqlens all documents share the filter k [D, L] or [G, L]", k.shape)
         batch = documents.to_batch(x)
-        y, final = long_conv(batch, k, skip=skip, initial_state=initial_state, backend=backend)
+        y, _ = long_conv(batch, k, skip=skip, initial_state=initial_state, backend=backend)
         y = documents.from_batch(y)
         final = documents.last(batch, initial_state, keep) if output_final_state else None
     return (y if post_gate is None else post_gate * y), final

@@ -5,25 +5,10 @@ import torch
 
 from seqengine.kernels.conv import reference
 from seqengine.kernels.conv import triton_monarch as monarch
+from tests.kernels.triton import fft_cases
+from tests.kernels.triton.fft_cases import LIMIT, convolve, relative, single
 
-LIMIT = {"ieee": 1e-5, "bf16x3": 2e-5, "tf32": 1e-3, "fp16": 2e-3}
-"""Relative L2 error of one pair of rows, every gradient included."""
 PRECISIONS = sorted(LIMIT)
-
-
-def convolve(u, k, skip, pre, post):
-    """The gated convolution by torch.fft in the dtype of u, differentiable."""
-    x = u if pre is None else pre * u
-    size = x.shape[-1] + k.shape[-1]
-    y = torch.fft.irfft(torch.fft.rfft(x, n=size) * torch.fft.rfft(k, n=size), n=size)[..., : x.shape[-1]]
-    y = y if skip is None else y + skip[:, None] * x
-    return y if post is None else post * y
-
-
-def relative(actual, expected):
-    assert actual.shape == expected.shape
-    assert bool(torch.isfinite(actual).all())
-    return float((actual.double() - expected).norm() / expected.norm().clamp(min=1e-300))
 
 
 def inputs(B, D, T, L, skip=True, pre=True, post=True, seed=0):
@@ -43,21 +28,9 @@ def inputs(B, D, T, L, skip=True, pre=True, post=True, seed=0):
     )
 
 
-def single(*tensors):
-    return [None if x is None else x.detach().float() for x in tensors]
-
-
 def check_everything(u, k, skip, pre, post, precision):
-    """Forward, du and dk against autograd in float64."""
-    u, k = u.requires_grad_(), k.requires_grad_()
-    y = convolve(u, k, skip, pre, post)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).double()
-    du, dk = torch.autograd.grad(y, (u, k), dy)
-    u, k, skip, pre, post, dy = single(u, k, skip, pre, post, dy)
-    limit = LIMIT[precision]
-    assert relative(monarch.monarch_forward(u, k, skip, pre, post, precision), y.detach()) <= limit
-    assert relative(monarch.monarch_input_gradient(dy, k, skip, pre, post, precision), du) <= limit
-    assert relative(monarch.monarch_filter_gradient(dy, u, k.shape[-1], pre, post, precision), dk) <= limit
+    launchers = monarch.monarch_forward, monarch.monarch_input_gradient, monarch.monarch_filter_gradient
+    fft_cases.check_everything(launchers, u, k, skip, pre, post, precision)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -5,29 +5,14 @@ import torch
 
 from seqengine.kernels.conv import reference
 from seqengine.kernels.conv import triton_two_level as two_level
-
-LIMIT = {"ieee": 1e-5, "bf16x3": 2e-5, "tf32": 1e-3, "fp16": 2e-3}
-"""Relative L2 error, every gradient included."""
+from tests.kernels.triton import fft_cases
+from tests.kernels.triton.fft_cases import LIMIT, convolve, relative, single
 
 
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch):
     """The interpreter pays per program, whatever its size."""
     monkeypatch.setattr(two_level, "COLUMNS", 2048)
-
-
-def convolve(u, k, skip, pre, post):
-    x = u if pre is None else pre * u
-    size = x.shape[-1] + k.shape[-1]
-    y = torch.fft.irfft(torch.fft.rfft(x, n=size) * torch.fft.rfft(k, n=size), n=size)[..., : x.shape[-1]]
-    y = y if skip is None else y + skip[:, None] * x
-    return y if post is None else post * y
-
-
-def relative(actual, expected):
-    assert actual.shape == expected.shape
-    assert bool(torch.isfinite(actual).all())
-    return float((actual.double() - expected).norm() / expected.norm().clamp(min=1e-300))
 
 
 def inputs(B, D, T, L, skip=True, pre=True, post=True):
@@ -41,21 +26,9 @@ def inputs(B, D, T, L, skip=True, pre=True, post=True):
     return [x if wanted else None for x, wanted in zip(values, (True, True, skip, pre, post))]
 
 
-def single(*tensors):
-    return [None if x is None else x.detach().float() for x in tensors]
-
-
 def check_everything(u, k, skip, pre, post, precision):
-    """Forward, du and dk against autograd in float64."""
-    u, k = u.requires_grad_(), k.requires_grad_()
-    y = convolve(u, k, skip, pre, post)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).double()
-    du, dk = torch.autograd.grad(y, (u, k), dy)
-    u, k, skip, pre, post, dy = single(u, k, skip, pre, post, dy)
-    limit = LIMIT[precision]
-    assert relative(two_level.two_level_forward(u, k, skip, pre, post, precision), y.detach()) <= limit
-    assert relative(two_level.two_level_input_gradient(dy, k, skip, pre, post, precision), du) <= limit
-    assert relative(two_level.two_level_filter_gradient(dy, u, k.shape[-1], pre, post, precision), dk) <= limit
+    launchers = two_level.two_level_forward, two_level.two_level_input_gradient, two_level.two_level_filter_gradient
+    fft_cases.check_everything(launchers, u, k, skip, pre, post, precision)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "ieee"])

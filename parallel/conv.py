@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from seqengine.kernels import api as kernels
-from seqengine.kernels.conv.op import Backend
+from seqengine.kernels.conv.op import Backend, Precision, check_filter
 from seqengine.parallel.context import SequenceContext
 from seqengine.parallel.exchange.halo import halo
 from seqengine.parallel.exchange.transpose import transpose
@@ -50,6 +50,7 @@ def long_conv(
     pre_gate: Tensor | None = None,
     post_gate: Tensor | None = None,
     backend: Backend = "auto",
+    precision: Precision = "auto",
 ) -> tuple[Tensor, None]:
     """`kernels.long_conv` of the joined sequence, on this rank's part: filters of any length, as long as the whole.
 
@@ -67,25 +68,25 @@ def long_conv(
     D = u.shape[1]
     if ctx.size == 1:
         whole = k if isinstance(k, Tensor) else k(slice(0, D))
-        y, _ = kernels.long_conv(u, whole, skip=skip, pre_gate=pre_gate, post_gate=post_gate, backend=backend)
+        y, _ = kernels.long_conv(
+            u, whole, skip=skip, pre_gate=pre_gate, post_gate=post_gate, backend=backend, precision=precision
+        )
         return y, None
     bounds = offsets(split_sizes(D, ctx.size))
     mine = slice(bounds[ctx.rank], bounds[ctx.rank + 1])
     x = u if pre_gate is None else pre_gate * u
     x = transpose(x, ctx=ctx, scatter=1, gather=2)
     filters = _filters_of(k, mine, D) if isinstance(k, Tensor) else k(mine)
-    y, _ = kernels.long_conv(x, filters, skip=None if skip is None else skip[mine], backend=backend)
+    own_skip = None if skip is None else skip[mine]
+    y, _ = kernels.long_conv(x, filters, skip=own_skip, backend=backend, precision=precision)
     y = transpose(y, ctx=ctx, scatter=2, gather=1, channels=D)
     return (y if post_gate is None else post_gate * y), None
 
 
 def _filters_of(k: Tensor, channels: slice, D: int) -> Tensor:
     """The filters of some channels; of grouped filters only the groups that these channels use."""
+    check_filter("long_conv", "k", k, D)
     if k.ndim == 3:
         return k[:, channels]
-    if k.shape[0] == D:
-        return k[channels]
-    if k.shape[0] == 0 or D % k.shape[0] != 0:
-        raise ValueError(f"long_conv: a grouped filter k [G, L] needs G dividing D={D}; got G={k.shape[0]}.")
-    per_group = D // k.shape[0]
-    return k[torch.arange(channels.start, channels.stop, device=k.device) // per_group]
+    per_filter = D // k.shape[0] if k.shape[0] else 1
+    return k[torch.arange(channels.start, channels.stop, device=k.device) // per_filter]

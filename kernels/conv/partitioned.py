@@ -12,9 +12,29 @@ The products cost R Q multiply-adds of spectra for R and Q pieces, which is why 
 References: Stockham 1966 (sectioned convolution); the uniform partition of the filter: Wefers 2015, RWTH Aachen, chapter 5.
 """
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+class Need(NamedTuple):
+    """Which of the input's gradient, the filter's gradient and the output itself are asked for."""
+
+    x: bool
+    k: bool
+    y: bool
+
+
+@dataclass
+class Gradients:
+    """What was asked for; None for the rest."""
+
+    x: Tensor | None = None
+    k: Tensor | None = None
+    y: Tensor | None = None
 
 
 def pieces(length: int, piece: int) -> int:
@@ -32,9 +52,12 @@ def _spectra(x: Tensor, piece: int) -> Tensor:
 
 
 def convolve_block(x: Tensor, k: Tensor, piece: int) -> Tensor:
-    """y [B, d, T] of x [B, d, T] and k [d, L] or [B, d, L], L <= T, in one real dtype."""
-    T = x.shape[-1]
-    inputs, taps = _spectra(x, piece), _spectra(k, piece)
+    """y [..., n] of x [..., n] and k [..., L], L <= n, whose leading dims fit by broadcasting, in one real dtype."""
+    return _output(_spectra(x, piece), _spectra(k, piece), piece)[..., : x.shape[-1]]
+
+
+def _output(inputs: Tensor, taps: Tensor, piece: int) -> Tensor:
+    """[..., pieces * C] from the spectra of the pieces of input and filter."""
     R = inputs.shape[-2]
     total = inputs * taps[..., :1, :]
     for m in range(1, taps.shape[-2]):
@@ -42,30 +65,35 @@ def convolve_block(x: Tensor, k: Tensor, piece: int) -> Tensor:
     both = torch.fft.irfft(total, n=2 * piece)
     y: Tensor = both[..., :piece]
     y[..., 1:, :] += both[..., :-1, piece:]
-    return y.flatten(-2)[..., :T]
+    return y.flatten(-2)
 
 
-def gradients_block(
-    dy: Tensor, x: Tensor, k: Tensor, piece: int, need_x: bool, need_k: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dx [B, d, T], dk shaped like k); None for what is not needed."""
-    T, L = x.shape[-1], k.shape[-1]
-    R, Q = pieces(T, piece), pieces(L, piece)
-    ahead = F.pad(dy, (0, (R + 1) * piece - T)).unfold(-1, 2 * piece, piece)
+def gradients_block(dy: Tensor, x: Tensor, k: Tensor, piece: int, need: Need) -> Gradients:
+    """Of y = convolve_block(x, k, piece): dx and y of x's shape, dk [b, ..., L] still to be summed to k's."""
+    n, L = x.shape[-1], k.shape[-1]
+    R, Q = pieces(n, piece), pieces(L, piece)
+    found = Gradients()
+    if need.y or need.x:
+        taps = _spectra(k, piece)
+    if need.y or need.k:
+        inputs = _spectra(x, piece)
+    if need.y:
+        found.y = _output(inputs, taps, piece)[..., :n]
+    if not (need.x or need.k):
+        return found
+    ahead = F.pad(dy, (0, (R + 1) * piece - n)).unfold(-1, 2 * piece, piece)
     spectra = torch.fft.rfft(ahead)
-    dx: Tensor | None = None
-    dk: Tensor | None = None
-    if need_x:
-        taps = _spectra(k, piece).conj_physical_()
+    if need.x:
+        taps.conj_physical_()
         total = spectra * taps[..., :1, :]
         for m in range(1, Q):
             total[..., : R - m, :].addcmul_(spectra[..., m:, :], taps[..., m : m + 1, :])
-        dx = torch.fft.irfft(total, n=2 * piece)[..., :piece].flatten(-2)[..., :T]
-    if need_k:
-        inputs = _spectra(x, piece).conj_physical_()
+        found.x = torch.fft.irfft(total, n=2 * piece)[..., :piece].flatten(-2)[..., :n]
+    if need.k:
+        inputs.conj_physical_()
         sums = []
         for m in range(Q):
             product = (spectra[..., m:, :] * inputs[..., : R - m, :]).sum(dim=-2)
-            sums.append(product if k.ndim == 3 else product.sum(dim=0))
-        dk = torch.fft.irfft(torch.stack(sums, dim=-2), n=2 * piece)[..., :piece].flatten(-2)[..., :L]
-    return dx, dk
+            sums.append(product if k.shape[0] > 1 else product.sum(dim=0, keepdim=True))
+        found.k = torch.fft.irfft(torch.stack(sums, dim=-2), n=2 * piece)[..., :piece].flatten(-2)[..., :L]
+    return found

@@ -1,180 +1,222 @@
-"""Long convolution by FFT in plain torch, without autograd: the arithmetic behind the custom operators of `ops.py`.
+"""Gated long convolution by FFT in plain torch, without autograd: the arithmetic behind the custom operators of `ops.py`.
 
-Three methods. Whole: one transform of T + L - 1 points a row. Frames (overlap-save), when the filter is short: frames of N
-points that step by N - L + 1. Partitions, when both are long: see `partitioned.py`. The last two keep each transform in
-the cache. All work through the channels in blocks: on a CPU the page faults of large temporaries cost more than the
-transforms. Gradients transform dy once for both dx and dk.
+Three methods, chosen by `plan.py`. Whole: one transform of T + L - 1 points a row. Frames (overlap-save), when the filter is
+short: frames of N points that step by N - L + 1. Partitions, when both are long: see `partitioned.py`. The last two keep each
+transform in the cache. All work through the channels in blocks, gates and casts included: on a CPU the page faults of large
+temporaries cost more than the transforms. Gradients transform dy once for both dx and dk.
+
+Inputs before the first token (a state) go in front of the sequence; what wraps around in a transform of T + L - 1 points then
+falls on outputs of those, which nobody wants.
 """
-
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seqengine.kernels.conv.partitioned import convolve_block, gradients_block, pieces
+from seqengine.kernels.conv import partitioned
+from seqengine.kernels.conv.partitioned import Gradients, Need
+from seqengine.kernels.conv.plan import Block, Plan, blocks, plan
 
-BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}
-"""Reals of one padded block: 4 MB in float32 on a CPU; on a GPU only a bound on memory."""
-IN_CACHE, LONGEST_WHOLE = 1 << 15, 1 << 16
-"""Points of one transform on a CPU. Up to the first it stays in a core's cache; beyond the second, partitions are faster."""
-FRAME_RATIO = 4
-"""Points of an overlap-save frame for each tap, at least."""
-SMALLEST_FRAME, LONGEST_FRAME = 1 << 10, 1 << 15
-SMALLEST_PIECE, MOST_PIECES = 1 << 13, 8
-"""Partitions: pieces of at least so many values, and, where that allows, at most so many pieces."""
+Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@lru_cache(maxsize=256)
-def fft_size(length: int) -> int:
-    """The smallest even 2^a 3^b 5^c that is >= length: sizes with large prime factors cost several times more."""
-    best = 2
-    while best < length:
-        best *= 2
-    five = 1
-    while five < best:
-        three = five
-        while three < best:
-            two = max(2, 1 << max(1, (-(-length // three) - 1).bit_length()))
-            if three * two >= length:
-                best = min(best, three * two)
-            three *= 3
-        five *= 5
-    return best
+def convolve(
+    u: Tensor, k: Tensor, skip: Tensor | None, pre_gate: Tensor | None, post_gate: Tensor | None, past: Tensor | None
+) -> Tensor:
+    """y = post_gate * (k (*) x + skip x), x = pre_gate u after `past`: y [B, D, T] in u.dtype, contiguous.
 
-
-@dataclass(frozen=True)
-class Plan:
-    """How T outputs of an L-tap filter are made.
-
-    whole: one transform of `size`. frames: `count` of `size` points, `hop` outputs each. partitions: pieces of `hop`.
+    u and gates [B, D, T]; k [G, L] with G dividing D, or [B, D, L]; skip [D]; past [B, D, L-1] of gated inputs.
     """
-
-    method: Literal["whole", "frames", "partitions"]
-    size: int
-    hop: int
-    count: int
-
-
-@lru_cache(maxsize=1024)
-def plan(T: int, L: int, device_type: str) -> Plan:
-    """Frames where the sequence holds several; else whole while that is short enough; else partitions.
-
-    Two frames are enough where one transform would leave the cache, four where it would not. On a GPU always whole: launches
-    cost more than points there. Measured on two cores, D = 256, T = 2^14 .. 2^17 (benchmarks/conv.py).
-    """
-    whole = fft_size(T + L - 1)
-    frame = max(SMALLEST_FRAME, 1 << (FRAME_RATIO * L - 1).bit_length())
-    enough = 2 if whole > IN_CACHE else 4
-    if device_type == "cpu" and frame <= LONGEST_FRAME and enough * frame <= whole:
-        hop = frame - L + 1
-        return Plan("frames", frame, hop, -(-T // hop))
-    if device_type == "cpu" and whole > LONGEST_WHOLE:
-        piece = max(SMALLEST_PIECE, 1 << (-(-L // MOST_PIECES) - 1).bit_length())
-        return Plan("partitions", 2 * piece, piece, pieces(T, piece))
-    return Plan("whole", whole, T, 1)
-
-
-def convolve(x: Tensor, k: Tensor, skip: Tensor | None = None) -> Tensor:
-    """y[b, d, t] = sum_s k[d, s] x[b, d, t - s] + skip[d] x[b, d, t]: y [B, D, T] in x.dtype, contiguous."""
-    T, L = x.shape[-1], min(k.shape[-1], x.shape[-1])
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    B, D, T = u.shape
+    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     if y.numel() == 0:
         return y
-    how, dtype = plan(T, L, x.device.type), _accumulation_dtype(x, k)
-    for block in _blocks(x.shape[0], x.shape[1], how, x.device):
-        part, filters = x[:, block].to(dtype), _filters(k, skip, block, L, dtype)
-        if how.method == "partitions":
-            y[:, block] = convolve_block(part, filters, how.hop)
-            continue
-        taps = torch.fft.rfft(filters, n=how.size)
-        if how.method == "whole":
-            spectrum = torch.fft.rfft(part, n=how.size).mul_(taps)
-            y[:, block] = torch.fft.irfft(spectrum, n=how.size)[..., :T]
-            continue
-        frames = _frames(part, how, before=L - 1)
-        spectrum = torch.fft.rfft(frames).mul_(taps[..., None, :])
-        rows = torch.fft.irfft(spectrum, n=how.size)[..., L - 1 :]
-        y[:, block] = rows.flatten(-2)[..., :T]
+    L, keep = _reach(k, T, past)
+    how, filters = plan(T, L, u.device.type, keep), _by_group(k, D)
+    dtype = accumulation_dtype(u, k, skip, pre_gate, post_gate, past)
+    for block in blocks(B, D, filters.shape[1], how, u.device.type):
+        x = _load(u, pre_gate, past, block, dtype)
+        z = _convolve_block(_grouped(x, block), _taps(filters, skip, block, L, dtype), how).flatten(1, 2)[..., keep:]
+        y[:, block.channels] = z if post_gate is None else z.mul_(post_gate[:, block.channels])
     return y
 
 
 def gradients(
-    dy: Tensor, x: Tensor, k: Tensor, skip: Tensor | None, need_x: bool, need_k: bool
-) -> tuple[Tensor, Tensor]:
-    """dx[b, d, s] = sum_t dy[t] k[t - s] and dk[d, j] = sum_{b, t} dy[t] x[t - j], of the shapes and dtypes of x and k.
+    dy: Tensor,
+    u: Tensor,
+    k: Tensor,
+    skip: Tensor | None,
+    pre_gate: Tensor | None,
+    post_gate: Tensor | None,
+    past: Tensor | None,
+    needed: list[bool],
+) -> Six:
+    """Gradients of `convolve` for dy: (u, k, skip, pre_gate, post_gate, past), in the shapes and dtypes of those.
 
     What is not needed is an empty tensor. dk is summed over the batch, unless k has one; taps beyond T get zero.
     """
-    T, L = x.shape[-1], min(k.shape[-1], x.shape[-1])
-    dx = torch.empty(x.shape if need_x else (0,), dtype=x.dtype, device=x.device)
-    dk = torch.zeros(k.shape if need_k else (0,), dtype=k.dtype, device=k.device)
-    if x.numel() == 0:
-        return dx, dk
-    how, dtype = plan(T, L, x.device.type), _accumulation_dtype(x, k)
-    for block in _blocks(x.shape[0], x.shape[1], how, x.device):
-        grad, part = dy[:, block].to(dtype), x[:, block].to(dtype)
-        filters = _filters(k, skip, block, L, dtype)
-        if how.method == "partitions":
-            found = gradients_block(grad, part, filters, how.hop, need_x, need_k)
-        else:
-            found = _gradients_block(grad, part, filters, how, need_x, need_k)
-        if found[0] is not None:
-            dx[:, block] = found[0]
-        if found[1] is not None:
-            dk[..., block, :L] = found[1]
-    return dx, dk
-
-
-def _gradients_block(
-    dy: Tensor, x: Tensor, k: Tensor, how: Plan, need_x: bool, need_k: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """By whole transforms or frames.
-
-    Frames of dy reach L - 1 positions ahead, those of x are its hops alone: no product wraps around.
-    """
-    T, L = x.shape[-1], k.shape[-1]
-    is_whole = how.method == "whole"
-    spectrum = torch.fft.rfft(dy if is_whole else _frames(dy, how, before=0), n=how.size)
-    dx: Tensor | None = None
-    dk: Tensor | None = None
+    B, D, T = u.shape
+    need_u, need_k, need_skip, need_pre, need_post, need_past = needed
+    du, dk, dskip, dpre, dpost, dpast = out = empty_gradients(u, k, skip, pre_gate, post_gate, past, needed)
+    if u.numel() == 0:
+        return (du, dk.zero_(), dskip.zero_(), dpre, dpost, dpast.zero_())
+    L, keep = _reach(k, T, past)
+    how, filters = plan(T, L, u.device.type, keep), _by_group(k, D)
+    dtype = accumulation_dtype(u, k, skip, pre_gate, post_gate, past)
+    need = Need(need_u or need_pre or need_past, need_k, need_post)
+    sums = torch.zeros(filters.shape if need_k else (0,), dtype=dtype, device=k.device)
+    for block in blocks(B, D, filters.shape[1], how, u.device.type):
+        some = block.channels
+        x, grad = _load(u, pre_gate, past, block, dtype), _load(dy, post_gate, None, block, dtype)
+        if need_skip:
+            dskip[some] = torch.linalg.vecdot(grad, x[..., keep:], dim=-1).sum(dim=0)
+        ahead = F.pad(grad, (keep, 0)) if keep else grad
+        taps = _taps(filters, skip, block, L, dtype)
+        found = _gradients_block(_grouped(ahead, block), _grouped(x, block), taps, how, need)
+        if found.x is not None:
+            dstream = found.x.flatten(1, 2)
+            dx = dstream[..., keep:]
+            if need_past:
+                dpast[:, some] = dstream[..., :keep]
+            if need_pre:
+                dpre[:, some] = dx * u[:, some]
+            if need_u:
+                du[:, some] = dx if pre_gate is None else dx.mul_(pre_gate[:, some])
+        if found.k is not None:
+            total = sums[:, block.filters, :, :L]
+            own = found.k.sum_to_size(total.shape)
+            total.copy_(own) if block.starts_filter else total.add_(own)
+        if found.y is not None:
+            dpost[:, some] = found.y.flatten(1, 2)[..., keep:].mul_(dy[:, some])
     if need_k:
-        alone = x if is_whole else F.pad(x, (0, how.count * how.hop - T)).unflatten(-1, (how.count, how.hop))
-        product = torch.fft.rfft(alone, n=how.size).conj_physical_().mul_(spectrum)
-        product = product if is_whole else product.sum(dim=-2)
-        product = product.sum(dim=0) if k.ndim == 2 else product
-        dk = torch.fft.irfft(product, n=how.size)[..., :L]
-    if need_x:
-        taps = torch.fft.rfft(k, n=how.size).conj_physical_()
-        spectrum.mul_(taps if is_whole else taps[..., None, :])
-        rows = torch.fft.irfft(spectrum, n=how.size)[..., : how.hop]
-        dx = rows if is_whole else rows.flatten(-2)[..., :T]
-    return dx, dk
+        dk = sums.view(k.shape).to(k.dtype)
+    return (out[0], dk, *out[2:])
 
 
-def _filters(k: Tensor, skip: Tensor | None, block: slice, L: int, dtype: torch.dtype) -> Tensor:
-    """The first L taps of some channels, skip added to lag 0."""
-    filters = k[..., block, :L].to(dtype)
+def empty_gradients(
+    u: Tensor,
+    k: Tensor,
+    skip: Tensor | None,
+    pre_gate: Tensor | None,
+    post_gate: Tensor | None,
+    past: Tensor | None,
+    needed: list[bool],
+) -> Six:
+    """Unwritten tensors like the arguments that need a gradient, of shape [0] for the others."""
+    given = (u, k, skip, pre_gate, post_gate, past)
+    return tuple(  # type: ignore[return-value]
+        torch.empty(t.shape if need else (0,), dtype=t.dtype, device=t.device)
+        if t is not None
+        else torch.empty(0, dtype=u.dtype, device=u.device)
+        for t, need in zip(given, needed, strict=True)
+    )
+
+
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _reach(k: Tensor, T: int, past: Tensor | None) -> tuple[int, int]:
+    """Taps that reach an input, and inputs before the first token."""
+    L = k.shape[-1]
+    return (min(L, T), 0) if past is None else (L, L - 1)
+
+
+def _by_group(k: Tensor, channels: int) -> Tensor:
+    """[G, L] -> [1, G, 1, L]; [B, D, L] -> [B, D, 1, L]: a filter for each group of channels."""
+    return k[:, :, None] if k.ndim == 3 else k[None, :, None]
+
+
+def _grouped(x: Tensor, block: Block) -> Tensor:
+    """[B, d, n] -> [B, filters, channels of each, n]."""
+    count = block.filters.stop - block.filters.start
+    grouped: Tensor = x.unflatten(1, (count, x.shape[1] // count))
+    return grouped
+
+
+def _load(x: Tensor, gate: Tensor | None, past: Tensor | None, block: Block, dtype: torch.dtype) -> Tensor:
+    """Some channels of gate * x after the past, in the dtype of the arithmetic."""
+    own = x[:, block.channels].to(dtype)
+    if gate is not None:
+        own = own * gate[:, block.channels]
+    return own if past is None else torch.cat([past[:, block.channels].to(dtype), own], dim=-1)
+
+
+def _taps(filters: Tensor, skip: Tensor | None, block: Block, L: int, dtype: torch.dtype) -> Tensor:
+    """[b, g, q, L]: the first L taps of some filters, skip added to lag 0, for which a group's channels part (q > 1)."""
+    taps = filters[:, block.filters, :, :L].to(dtype)
     if skip is None:
-        return filters
-    filters = filters.clone() if k.dtype == dtype else filters
-    filters[..., 0] += skip[block].to(dtype)
-    return filters
+        return taps
+    own = _grouped(skip[None, block.channels, None].to(dtype), block)
+    if own.shape[2] == 1:
+        taps = taps.clone() if filters.dtype == dtype else taps
+    else:
+        taps = taps.repeat(1, 1, own.shape[2], 1)
+    taps[..., :1] += own
+    return taps
 
 
-def _accumulation_dtype(x: Tensor, k: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (x.dtype, k.dtype) else torch.float32
+def _convolve_block(x: Tensor, k: Tensor, how: Plan) -> Tensor:
+    """[B, g, p, n] and [b, g, q, L] -> [B, g, p, n]."""
+    n, L = x.shape[-1], k.shape[-1]
+    if how.method == "partitions":
+        return partitioned.convolve_block(x, k, how.hop)
+    taps = torch.fft.rfft(k, n=how.size)
+    if how.method == "whole":
+        y: Tensor = torch.fft.irfft(torch.fft.rfft(x, n=how.size).mul_(taps), n=how.size)
+        return y[..., :n]
+    spectrum = torch.fft.rfft(_frames(x, how, before=L - 1)).mul_(taps[..., None, :])
+    frames: Tensor = torch.fft.irfft(spectrum, n=how.size)
+    return frames[..., L - 1 :].flatten(-2)[..., :n]
 
 
-def _blocks(batch: int, channels: int, how: Plan, device: torch.device) -> list[slice]:
-    width = max(1, BLOCK_ELEMENTS.get(device.type, 1 << 24) // max(1, batch * how.size * how.count))
-    return [slice(start, min(start + width, channels)) for start in range(0, channels, width)]
+def _gradients_block(dy: Tensor, x: Tensor, k: Tensor, how: Plan, need: Need) -> Gradients:
+    if how.method == "partitions":
+        return partitioned.gradients_block(dy, x, k, how.hop, need)
+    return (_whole_gradients if how.method == "whole" else _frame_gradients)(dy, x, k, how, need)
+
+
+def _whole_gradients(dy: Tensor, x: Tensor, k: Tensor, how: Plan, need: Need) -> Gradients:
+    n, L = x.shape[-1], k.shape[-1]
+    found = Gradients()
+    if need.y or need.x:
+        taps = torch.fft.rfft(k, n=how.size)
+    if need.y or need.k:
+        inputs = torch.fft.rfft(x, n=how.size)
+    if need.y:
+        found.y = torch.fft.irfft(inputs * taps, n=how.size)[..., :n]
+    if need.x or need.k:
+        spectrum = torch.fft.rfft(dy, n=how.size)
+    if need.k:
+        product = inputs.conj_physical_().mul_(spectrum)
+        found.k = torch.fft.irfft(product if k.shape[0] > 1 else product.sum(dim=0, keepdim=True), n=how.size)[..., :L]
+    if need.x:
+        found.x = torch.fft.irfft(spectrum.mul_(taps.conj_physical_()), n=how.size)[..., :n]
+    return found
+
+
+def _frame_gradients(dy: Tensor, x: Tensor, k: Tensor, how: Plan, need: Need) -> Gradients:
+    """Frames of dy reach L - 1 positions ahead, those of x are its hops alone: no product wraps around."""
+    n, L = x.shape[-1], k.shape[-1]
+    found = Gradients()
+    if need.y:
+        found.y = _convolve_block(x, k, how)
+    if not (need.x or need.k):
+        return found
+    spectrum = torch.fft.rfft(_frames(dy, how, before=0))
+    if need.k:
+        alone = F.pad(x, (0, how.count * how.hop - n)).unflatten(-1, (how.count, how.hop))
+        product = torch.fft.rfft(alone, n=how.size).conj_physical_().mul_(spectrum).sum(dim=-2)
+        found.k = torch.fft.irfft(product if k.shape[0] > 1 else product.sum(dim=0, keepdim=True), n=how.size)[..., :L]
+    if need.x:
+        taps = torch.fft.rfft(k, n=how.size).conj_physical_()
+        rows = torch.fft.irfft(spectrum.mul_(taps[..., None, :]), n=how.size)[..., : how.hop]
+        found.x = rows.flatten(-2)[..., :n]
+    return found
 
 
 def _frames(x: Tensor, how: Plan, before: int) -> Tensor:
-    """[..., T] -> [..., count, size]: frame i begins `before` positions before output i * hop; zeros outside x."""
+    """[..., n] -> [..., count, size]: frame i begins `before` positions before output i * hop; zeros outside x."""
     needed = (how.count - 1) * how.hop + how.size
     padded = F.pad(x, (before, needed - before - x.shape[-1]))
     return padded.unfold(-1, how.size, how.hop)

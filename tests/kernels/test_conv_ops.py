@@ -5,7 +5,7 @@ import torch
 
 from seqengine.kernels.api import long_conv, long_conv_bidirectional
 from seqengine.kernels.conv import ops, reference
-from seqengine.kernels.conv.spectral import plan
+from seqengine.kernels.conv.plan import BLOCK_ELEMENTS, plan
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -93,8 +93,10 @@ def test_gradgradcheck_of_the_gated_convolution_with_states():
     assert torch.autograd.gradgradcheck(function, values)
 
 
-@pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)])
-@pytest.mark.parametrize("k_shape", [(3, 5), (2, 3, 5)])
+@pytest.mark.parametrize(
+    "needed", [[True] * 6, [True] + [False] * 5, [False, True, True, False, False, False]], ids=str
+)
+@pytest.mark.parametrize("k_shape", [(3, 5), (1, 5), (2, 3, 5)])
 def test_operators_keep_torchs_contract(needed, k_shape):
     x, k, dy = (
         randn(2, 3, 9).requires_grad_(),
@@ -103,9 +105,13 @@ def test_operators_keep_torchs_contract(needed, k_shape):
     )
     skip = randn(3, seed=3).requires_grad_()
     torch.library.opcheck(ops.causal_conv, (x, k, None))
+    pre, post = randn(2, 3, 9, seed=4).requires_grad_(), randn(2, 3, 9, seed=5).requires_grad_()
+    past = randn(2, 3, 4, seed=6).requires_grad_()
     torch.library.opcheck(ops.causal_conv, (x, k, skip))
-    torch.library.opcheck(ops.causal_conv_backward, (dy, x, k, skip, *needed))
-    torch.library.opcheck(ops.causal_conv_backward, (dy, x, k, None, *needed))
+    torch.library.opcheck(ops.causal_conv, (x, k, skip, pre, post, past))
+    plain = [need and i < 3 for i, need in enumerate(needed)]
+    torch.library.opcheck(ops.causal_conv_backward, (dy, x, k, skip, None, None, None, plain))
+    torch.library.opcheck(ops.causal_conv_backward, (dy, x, k, skip, pre, post, past, needed))
 
 
 def test_compiles_whole_forward_and_backward():
@@ -150,6 +156,52 @@ def test_saves_its_inputs_and_no_spectrum():
     u, k = randn(2, 4, 1000, dtype=torch.float32).requires_grad_(), randn(4, 1000, dtype=torch.float32).requires_grad_()
     assert saved_bytes(lambda: long_conv(u, k)) == u.nbytes + k.nbytes
     assert saved_bytes(lambda: through_one_transform(u, k)) > 4 * (u.nbytes + k.nbytes)
+
+
+def test_gated_in_bfloat16_saves_six_bytes_an_element():
+    a = {
+        n: randn(2, 4, 1000, seed=i, dtype=torch.bfloat16).requires_grad_()
+        for i, n in enumerate(("u", "pre_gate", "post_gate"))
+    }
+    k, skip = randn(4, 1000, dtype=torch.float32).requires_grad_(), randn(4, dtype=torch.float32).requires_grad_()
+    assert saved_bytes(lambda: long_conv(**a, k=k, skip=skip)) == 6 * a["u"].numel() + k.nbytes + skip.nbytes
+
+
+@pytest.mark.parametrize(
+    ("T", "L", "with_state"), [(3000, 40, True), (9000, 9000, False), (70_000, 9000, True)], ids=str
+)
+def test_a_grouped_filter_is_the_repeated_one_with_gradients(T, L, with_state, monkeypatch):
+    monkeypatch.setitem(BLOCK_ELEMENTS, "cpu", 3 * T)  # blocks of fewer channels than a group, and of several groups
+    u, k, skip = randn(1, 12, T), randn(3, L, seed=1), randn(12, seed=2)
+    state = randn(1, 12, L - 1, seed=3) if with_state else None
+    grouped, repeated = ([t.clone().requires_grad_() for t in (u, k, skip)] for _ in range(2))
+    y, _ = long_conv(grouped[0], grouped[1], skip=grouped[2], initial_state=state)
+    expected, _ = long_conv(repeated[0], repeated[1].repeat_interleave(4, 0), skip=repeated[2], initial_state=state)
+    assert_close(y, expected, "y")
+    (y**2).sum().backward()
+    (expected**2).sum().backward()
+    for a, b, name in zip(grouped, repeated, ("du", "dk", "dskip"), strict=True):
+        assert_close(a.grad, b.grad, name)
+
+
+@pytest.mark.parametrize(("T", "L"), [(3000, 40), (5000, 3000), (20_000, 30_000), (70_000, 9000)], ids=str)
+def test_states_gates_and_their_gradients_in_every_way(T, L):
+    shapes = {
+        "u": (1, 2, T),
+        "pre_gate": (1, 2, T),
+        "post_gate": (1, 2, T),
+        "initial_state": (1, 2, L - 1),
+        "k": (2, L),
+    }
+    a = {n: randn(*shape, seed=i).requires_grad_() for i, (n, shape) in enumerate(shapes.items())}
+    y, _ = long_conv(**a)
+    stream = torch.cat([a["initial_state"], a["pre_gate"] * a["u"]], dim=-1)
+    expected = a["post_gate"] * through_one_transform(stream, a["k"])[..., L - 1 :]
+    assert_close(y, expected, "y")
+    dy = randn(1, 2, T, seed=9)
+    found, wanted = (torch.autograd.grad(v, list(a.values()), dy) for v in (y, expected))
+    for name, actual, other in zip(a, found, wanted, strict=True):
+        assert_close(actual, other, name)
 
 
 def test_under_autocast_the_filter_keeps_its_precision():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seqengine.kernels.api import long_conv
-from seqengine.kernels.conv.spectral import fft_size
+from seqengine.kernels.conv.plan import fft_size
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -184,6 +184,9 @@ def test_two_runs_agree_bit_for_bit():
         ({"k": torch.zeros(4, 3, device="meta")}, "k must be on cpu, like the other arguments; got meta"),
         ({"skip": torch.zeros(4, device="meta")}, "skip must be on cpu"),
         ({"backend": "cudnn"}, "backend must be"),
+        ({"backend": "triton"}, "backend 'triton' needs Triton and u on a CUDA device"),
+        ({"precision": "bf16"}, "precision must be"),
+        ({"precision": "tf32"}, "backend 'auto' computes in float32 or float64: precision 'ieee'; got tf32"),
     ],
 )
 def test_rejects(change, message):

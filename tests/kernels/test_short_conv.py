@@ -96,7 +96,8 @@ def test_gradcheck():
         ({"bias": torch.zeros(5)}, "bias must be"),
         ({"initial_state": torch.zeros(2, 4, 3)}, "initial_state must be"),
         ({"activation": "gelu"}, "activation must be"),
-        ({"backend": "triton"}, "backend must be"),
+        ({"backend": "cudnn"}, "backend must be"),
+        ({"backend": "triton"}, "backend 'triton' needs Triton and u on a CUDA device"),
     ],
 )
 def test_rejects(change, message):
@@ -120,7 +121,11 @@ def test_operators_keep_torchs_contract(needed):
     torch.library.opcheck(ops.short_conv, (a["u"], a["w"], a["bias"], a["initial_state"]))
     torch.library.opcheck(ops.short_conv, (a["u"], a["w"], None, None))
     dy = tensors(2, 3, 7, 3)["u"].requires_grad_()
-    torch.library.opcheck(ops.short_conv_backward, (dy, a["u"], a["w"], a["initial_state"], needed))
+    positions = torch.tensor([0, 1, 2, 0, 0, 1, 2], dtype=torch.int32)
+    for silu in (False, True):
+        torch.library.opcheck(ops.short_conv, (a["u"], a["w"], a["bias"], None, silu, positions))
+        for bias, past in ((a["bias"], a["initial_state"]), (None, None)):
+            torch.library.opcheck(ops.short_conv_backward, (dy, a["u"], a["w"], bias, past, needed, silu))
 
 
 def test_compiles_whole():

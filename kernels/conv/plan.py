@@ -1,0 +1,94 @@
+"""Which way a long convolution takes in plain torch, and with which sizes: the measured dispatch table."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+from seqengine.kernels.conv.partitioned import pieces
+
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}
+"""Reals of one padded block: 4 MB in float32 on a CPU; on a GPU only a bound on memory."""
+IN_CACHE, LONGEST_WHOLE = 1 << 15, 1 << 16
+"""Points of one transform on a CPU. Up to the first it stays in a core's cache; beyond the second, partitions are faster."""
+FRAME_RATIO = 4
+"""Points of an overlap-save frame for each tap, at least."""
+SMALLEST_FRAME, LONGEST_FRAME = 1 << 10, 1 << 15
+SMALLEST_PIECE, MOST_PIECES = 1 << 13, 8
+"""Partitions: pieces of at least so many values, and, where that allows, at most so many pieces."""
+
+
+@lru_cache(maxsize=256)
+def fft_size(length: int) -> int:
+    """The smallest even 2^a 3^b 5^c that is >= length: sizes with large prime factors cost several times more."""
+    best = 2
+    while best < length:
+        best *= 2
+    five = 1
+    while five < best:
+        three = five
+        while three < best:
+            two = max(2, 1 << max(1, (-(-length // three) - 1).bit_length()))
+            if three * two >= length:
+                best = min(best, three * two)
+            three *= 3
+        five *= 5
+    return best
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How T outputs of an L-tap filter are made.
+
+    whole: one transform of `size`. frames: `count` of `size` points, `hop` outputs each. partitions: pieces of `hop`.
+    """
+
+    method: Literal["whole", "frames", "partitions"]
+    size: int
+    hop: int
+    count: int
+
+
+@lru_cache(maxsize=1024)
+def plan(T: int, L: int, device_type: str, keep: int = 0) -> Plan:
+    """Frames where the sequence holds several; else whole while that is short enough; else partitions.
+
+    `keep` inputs stand before the T: their outputs are not wanted, so that they make no transform longer. Two frames are
+    enough where one transform would leave the cache, four where it would not. On a GPU always whole: launches cost more than
+    points there. Measured on two cores, D = 256, T = 2^14 .. 2^17 (benchmarks/conv.py).
+    """
+    whole = fft_size(T + L - 1)
+    frame = max(SMALLEST_FRAME, 1 << (FRAME_RATIO * L - 1).bit_length())
+    enough = 2 if whole > IN_CACHE else 4
+    if device_type == "cpu" and frame <= LONGEST_FRAME and enough * frame <= whole:
+        hop = frame - L + 1
+        return Plan("frames", frame, hop, -(-(T + keep) // hop))
+    if device_type == "cpu" and whole > LONGEST_WHOLE:
+        piece = max(SMALLEST_PIECE, 1 << (-(-L // MOST_PIECES) - 1).bit_length())
+        return Plan("partitions", 2 * piece, piece, pieces(T + keep, piece))
+    return Plan("whole", whole, T + keep, 1)
+
+
+class Block(NamedTuple):
+    """Channels that are worked on at once, and the filters that they use."""
+
+    channels: slice
+    filters: slice
+    starts_filter: bool
+    """False if an earlier block used the same filter."""
+
+
+def blocks(batch: int, channels: int, filters: int, how: Plan, device_type: str) -> Iterator[Block]:
+    """Whole groups of channels that share a filter, or parts of one group."""
+    per_filter = channels // filters
+    width = max(1, BLOCK_ELEMENTS.get(device_type, 1 << 24) // max(1, batch * how.size * how.count))
+    if width >= per_filter:
+        step = width // per_filter
+        for first in range(0, filters, step):
+            last = min(first + step, filters)
+            yield Block(slice(first * per_filter, last * per_filter), slice(first, last), True)
+        return
+    for i in range(filters):
+        for first in range(0, per_filter, width):
+            last = min(first + width, per_filter)
+            yield Block(slice(i * per_filter + first, i * per_filter + last), slice(i, i + 1), first == 0)

@@ -1,7 +1,21 @@
 """The public kernels, and nothing else. Local maths on one device's tensors: no process group, no config, no model."""
 
 from seqengine.kernels.conv.op import long_conv, long_conv_bidirectional, short_conv
+from seqengine.kernels.conv.sparse import SparseSpectrum
 from seqengine.kernels.loss.op import linear_cross_entropy
 from seqengine.kernels.modal.op import modal_conv, modal_filter
+from seqengine.kernels.monarch.op import MonarchFactors, dft_factors, inverse_dft_factors, monarch_conv
 
-__all__ = ["linear_cross_entropy", "long_conv", "long_conv_bidirectional", "modal_conv", "modal_filter", "short_conv"]
+__all__ = [
+    "MonarchFactors",
+    "SparseSpectrum",
+    "dft_factors",
+    "inverse_dft_factors",
+    "linear_cross_entropy",
+    "long_conv",
+    "long_conv_bidirectional",
+    "modal_conv",
+    "modal_filter",
+    "monarch_conv",
+    "short_conv",
+]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from seqengine.kernels import api as kernels
+from seqengine.kernels.api import SparseSpectrum
 from seqengine.kernels.conv.op import Backend, Precision, check_filter
 from seqengine.parallel.context import SequenceContext
 from seqengine.parallel.exchange.halo import halo
@@ -49,6 +50,7 @@ def long_conv(
     skip: Tensor | None = None,
     pre_gate: Tensor | None = None,
     post_gate: Tensor | None = None,
+    spectrum: SparseSpectrum | None = None,
     backend: Backend = "auto",
     precision: Precision = "auto",
 ) -> tuple[Tensor, None]:
@@ -69,7 +71,14 @@ def long_conv(
     if ctx.size == 1:
         whole = k if isinstance(k, Tensor) else k(slice(0, D))
         y, _ = kernels.long_conv(
-            u, whole, skip=skip, pre_gate=pre_gate, post_gate=post_gate, backend=backend, precision=precision
+            u,
+            whole,
+            skip=skip,
+            pre_gate=pre_gate,
+            post_gate=post_gate,
+            spectrum=spectrum,
+            backend=backend,
+            precision=precision,
         )
         return y, None
     bounds = offsets(split_sizes(D, ctx.size))
@@ -78,7 +87,7 @@ def long_conv(
     x = transpose(x, ctx=ctx, scatter=1, gather=2)
     filters = _filters_of(k, mine, D) if isinstance(k, Tensor) else k(mine)
     own_skip = None if skip is None else skip[mine]
-    y, _ = kernels.long_conv(x, filters, skip=own_skip, backend=backend, precision=precision)
+    y, _ = kernels.long_conv(x, filters, skip=own_skip, spectrum=spectrum, backend=backend, precision=precision)
     y = transpose(y, ctx=ctx, scatter=2, gather=1, channels=D)
     return (y if post_gate is None else post_gate * y), None
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from seqengine.kernels.checks import check, check_floats, check_shape
 from seqengine.kernels.conv import ops, reference, short
 from seqengine.kernels.conv.packed import Documents
+from seqengine.kernels.conv.sparse import SparseSpectrum, sparse_conv, sparse_conv_reference
 from seqengine.kernels.environment import runs_triton
 
 DECODE_TOKENS = 4
@@ -72,6 +73,7 @@ def long_conv(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    spectrum: SparseSpectrum | None = None,
     backend: Backend = "auto",
     precision: Precision = "auto",
 ) -> tuple[Tensor, Tensor | None]:
@@ -88,6 +90,8 @@ def long_conv(
               after a state (decoding) cost O(L) each.
     Packed:   cu_seqlens [N + 1] = [0, ..., T]: u is one row [1, D, T] of N documents, none of which sees another; states
               are then [N, D, L-1]. Costs what the batch padded to the longest document costs.
+    Sparse:   spectrum, a SparseSpectrum, keeps some bands of frequencies, and no work is done for the others. Then the filter
+              also reaches ahead, by no more than spectrum.error(k): there is no state and no packing.
     Exact to: reference.long_conv within 1e-12 relative in float64; causal to the rounding of an FFT.
     Raises:   ValueError if shapes, dtypes or devices do not fit, or the backend is unknown or cannot run here.
     References: Poli et al. 2023, arXiv:2302.10866; overlap-save state: kernels of Fu et al. 2023, arXiv:2311.05908.
@@ -101,6 +105,14 @@ def long_conv(
     check_shape(name, "initial_state", initial_state, "[B, D, L-1]", rows, u.shape[1], keep)
     check_floats(name, u=u, initial_state=initial_state)
     final: Tensor | None = None
+    if spectrum is not None:
+        alone = initial_state is None and not output_final_state and cu_seqlens is None
+        must = "a spectrum has no states and no packed documents: leave out initial_state, output_final_state and cu_seqlens"
+        check(name, alone, must, "one of them")
+        check(name, backend != "triton", "a spectrum needs backend 'auto', 'torch' or 'reference'", backend)
+        sparse = sparse_conv_reference if backend == "reference" else sparse_conv
+        y = sparse(u if pre_gate is None else pre_gate * u, _each(k, u.shape[1]), skip, spectrum)
+        return (y if post_gate is None else post_gate * y), None
     if documents is not None:
         check(name, k.ndim == 2, "with cu_seqlens all documents share the filter k [D, L] or [G, L]", k.shape)
         batch = documents.to_batch(u if pre_gate is None else pre_gate * u)
@@ -110,7 +122,7 @@ def long_conv(
             final = documents.last(batch, initial_state, keep)
         return (y if post_gate is None else post_gate * y), final
     if backend == "reference":
-        own = k if k.ndim == 3 else k.repeat_interleave(u.shape[1] // max(1, k.shape[0]), dim=0)
+        own = _each(k, u.shape[1])
         y, state = reference.long_conv(u, own, skip, pre_gate, post_gate, initial_state)
         return y, (state if output_final_state else None)
     if initial_state is not None and 0 < u.shape[-1] <= DECODE_TOKENS:
@@ -123,6 +135,11 @@ def long_conv(
     return y, final
 
 
+def _each(k: Tensor, channels: int) -> Tensor:
+    """Grouped filters [G, L] -> [D, L]; others as they are."""
+    return k if k.ndim == 3 or k.shape[0] == channels else k.repeat_interleave(channels // k.shape[0], dim=0)
+
+
 def _decode(
     u: Tensor, k: Tensor, skip: Tensor | None, pre_gate: Tensor | None, post_gate: Tensor | None, past: Tensor
 ) -> Tensor:
@@ -130,7 +147,7 @@ def _decode(
     dtype = torch.promote_types(torch.promote_types(u.dtype, k.dtype), torch.float32)
     x = u if pre_gate is None else pre_gate * u
     reach = torch.cat([past.to(dtype), x.to(dtype)], dim=-1).unfold(-1, k.shape[-1], 1)  # [B, D, T, L], a view
-    own = k if k.ndim == 3 else k.repeat_interleave(u.shape[1] // max(1, k.shape[0]), dim=0)
+    own = _each(k, u.shape[1])
     y = torch.einsum("bdtl,bdl->bdt" if k.ndim == 3 else "bdtl,dl->bdt", reach, own.to(dtype).flip(-1))
     y = y if skip is None else torch.addcmul(y, x.to(dtype), skip[:, None].to(dtype))
     return (y if post_gate is None else post_gate * y).to(u.dtype)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from seqengine.kernels.conv import partitioned
 from seqengine.kernels.conv.partitioned import Gradients, Need
 from seqengine.kernels.conv.plan import Block, Plan, blocks, plan
+from seqengine.kernels.environment import HAS_TRITON
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -34,10 +35,11 @@ def convolve(
     L, keep = _reach(k, T, past)
     how, filters = plan(T, L, u.device.type, keep), _by_group(k, D)
     dtype = accumulation_dtype(u, k, skip, pre_gate, post_gate, past)
+    fused = is_fused(u.device.type)
     for block in blocks(B, D, filters.shape[1], how, u.device.type):
-        x = _load(u, pre_gate, past, block, dtype)
-        z = _convolve_block(_grouped(x, block), _taps(filters, skip, block, L, dtype), how).flatten(1, 2)[..., keep:]
-        y[:, block.channels] = z if post_gate is None else z.mul_(post_gate[:, block.channels])
+        x = _load(u, pre_gate, past, keep, block, dtype, how.size if fused else 0)
+        z = _convolve_block(_grouped(x, block), _taps(filters, skip, block, L, dtype), how).flatten(1, 2)
+        _store(z, keep, block, post_gate, y, fused)
     return y
 
 
@@ -65,29 +67,30 @@ def gradients(
     dtype = accumulation_dtype(u, k, skip, pre_gate, post_gate, past)
     need = Need(need_u or need_pre or need_past, need_k, need_post)
     sums = torch.zeros(filters.shape if need_k else (0,), dtype=dtype, device=k.device)
+    fused = is_fused(u.device.type)
     for block in blocks(B, D, filters.shape[1], how, u.device.type):
-        some = block.channels
-        x, grad = _load(u, pre_gate, past, block, dtype), _load(dy, post_gate, None, block, dtype)
+        some, size = block.channels, how.size if fused else 0
+        x = _load(u, pre_gate, past, keep, block, dtype, size)
+        grad = _load(dy, post_gate, None, keep, block, dtype, size)
         if need_skip:
-            dskip[some] = torch.linalg.vecdot(grad, x[..., keep:], dim=-1).sum(dim=0)
-        ahead = F.pad(grad, (keep, 0)) if keep else grad
+            dskip[some] = torch.linalg.vecdot(grad[..., keep:], x[..., keep:], dim=-1).sum(dim=0)
         taps = _taps(filters, skip, block, L, dtype)
-        found = _gradients_block(_grouped(ahead, block), _grouped(x, block), taps, how, need)
+        found = _gradients_block(_grouped(grad, block), _grouped(x, block), taps, how, need)
         if found.x is not None:
             dstream = found.x.flatten(1, 2)
-            dx = dstream[..., keep:]
             if need_past:
                 dpast[:, some] = dstream[..., :keep]
-            if need_pre:
-                dpre[:, some] = dx * u[:, some]
             if need_u:
-                du[:, some] = dx if pre_gate is None else dx.mul_(pre_gate[:, some])
+                also = (u, dpre) if need_pre else (None, None)
+                _store(dstream, keep, block, pre_gate, du, fused, *also)
+            elif need_pre:
+                _store(dstream, keep, block, u, dpre, fused)
         if found.k is not None:
             total = sums[:, block.filters, :, :L]
             own = found.k.sum_to_size(total.shape)
             total.copy_(own) if block.starts_filter else total.add_(own)
         if found.y is not None:
-            dpost[:, some] = found.y.flatten(1, 2)[..., keep:].mul_(dy[:, some])
+            _store(found.y.flatten(1, 2), keep, block, dy, dpost, fused)
     if need_k:
         dk = sums.view(k.shape).to(k.dtype)
     return (out[0], dk, *out[2:])
@@ -134,12 +137,54 @@ def _grouped(x: Tensor, block: Block) -> Tensor:
     return grouped
 
 
-def _load(x: Tensor, gate: Tensor | None, past: Tensor | None, block: Block, dtype: torch.dtype) -> Tensor:
-    """Some channels of gate * x after the past, in the dtype of the arithmetic."""
-    own = x[:, block.channels].to(dtype)
+def is_fused(device_type: str) -> bool:
+    """Gates, casts and padding around the transforms are one Triton kernel each; on a CPU blocks do without."""
+    return device_type == "cuda" and HAS_TRITON
+
+
+def _load(
+    x: Tensor, gate: Tensor | None, past: Tensor | None, keep: int, block: Block, dtype: torch.dtype, size: int
+) -> Tensor:
+    """Some channels of gate * x after the past, or after `keep` zeros, in `dtype`; padded to `size` if that is not 0."""
+    own = x[:, block.channels]
+    gate, past = (None if t is None else t[:, block.channels] for t in (gate, past))
+    if size:
+        from seqengine.kernels.conv.triton_gates import pad_gated
+
+        return pad_gated(own, gate, past, keep, size, dtype)
+    own = own.to(dtype)
     if gate is not None:
-        own = own * gate[:, block.channels]
-    return own if past is None else torch.cat([past[:, block.channels].to(dtype), own], dim=-1)
+        own = own * gate
+    if past is not None:
+        return torch.cat([past.to(dtype), own], dim=-1)
+    return F.pad(own, (keep, 0)) if keep else own
+
+
+def _store(
+    z: Tensor,
+    keep: int,
+    block: Block,
+    gate: Tensor | None,
+    out: Tensor,
+    fused: bool,
+    second_gate: Tensor | None = None,
+    second: Tensor | None = None,
+) -> None:
+    """Some channels of out = gate * z, and of second = second_gate * z, without the first `keep` positions."""
+    some = block.channels
+    gate, second_gate, second = (None if t is None else t[:, some] for t in (gate, second_gate, second))
+    if fused:
+        from seqengine.kernels.conv.triton_gates import cut_gated
+
+        cut_gated(z, keep, gate, out[:, some], second_gate, second)
+        return
+    inner = z[..., keep : keep + out.shape[-1]]
+    if gate is None:
+        out[:, some] = inner
+    else:
+        torch.mul(inner, gate, out=out[:, some])
+    if second_gate is not None:
+        torch.mul(inner, second_gate, out=second)
 
 
 def _taps(filters: Tensor, skip: Tensor | None, block: Block, L: int, dtype: torch.dtype) -> Tensor:

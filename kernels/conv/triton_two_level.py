@@ -365,7 +365,7 @@ def two_level_filter_gradient(
     for start in range(0, D, width):
         real, imag = half[:, start : start + width].transpose(-1, -2).flatten(-2)
         own = torch.complex(real, imag) * float(SIDE << _half(N1)) ** 2  # [d, k1, k2]
-        mirrored = own[:, 1 : N1 // 2].flip(1, 2).conj()  # row N1 - k1 at N - k
+        mirrored = own[:, 1 : N1 // 2].flip(1, 2).conj_physical()  # row N1 - k1 at N - k
         spectrum = torch.cat([own, mirrored], dim=1).transpose(1, 2).flatten(1)[:, : N1 * INNER // 2 + 1]
         dk[start : start + width, :taps] = torch.fft.irfft(spectrum, n=N1 * INNER)[:, :taps]
     return dk

@@ -10,7 +10,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton.language as tl
 
-from seqengine.kernels.conv import triton_short, triton_toeplitz
+from seqengine.kernels.conv import triton_gates, triton_short, triton_toeplitz
 from tests.kernels.ahead_of_time import SHARED_LIMIT_BYTES, compile_ahead
 
 SHORT_KERNELS = {
@@ -118,6 +118,19 @@ def test_short_conv_special_cases(case, what):
     else:
         built = compile_short(kernel, 90, "bf16", "i64", W=4, BD=1, BT=1024)
     assert built.stack_bytes == 0
+
+
+@pytest.mark.parametrize("what", ["pad", "cut"])
+@pytest.mark.parametrize(("arch", "dtype"), [(80, "fp32"), (90, "bf16")])
+def test_the_edges_of_a_transform_do_not_spill(arch, dtype, what):
+    kernel = triton_gates.pad_gated_kernel if what == "pad" else triton_gates.cut_gated_kernel
+    wide = {"p_out": "*fp32", "p_z": "*fp32"}
+    types = {n: (wide.get(n, f"*{dtype}") if n.startswith("p_") else "i32") for n in kernel.arg_names}
+    known = {n: 1 for n in kernel.arg_names if n.endswith("_st")}
+    built = compile_ahead(kernel, arch, types, {"ACC": tl.float32, "BT": triton_gates.TILE_ELEMENTS, **known})
+    assert built.shared_bytes <= 4096  # 16-bit loads and 32-bit stores have different owners
+    assert built.stack_bytes == 0
+    assert built.registers <= 80
 
 
 @pytest.mark.parametrize(("what", "precision", "dtype"), VARIANTS, ids=lambda v: v)

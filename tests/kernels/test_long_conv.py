@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from seqengine.kernels.api import long_conv
+from seqengine.kernels.api import SparseSpectrum, long_conv
 from seqengine.kernels.conv.plan import fft_size
 from tests.tolerances import assert_close
 
@@ -193,6 +193,27 @@ def test_rejects(change, message):
     arguments = {"u": torch.zeros(2, 4, 6), "k": torch.zeros(4, 3), **change}
     with pytest.raises(ValueError, match=message):
         long_conv(**arguments)
+
+
+def test_a_sparse_spectrum_is_the_masked_transform_with_gates_and_groups():
+    def randn(*shape, seed=0):
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    a = {"u": randn(2, 4, 50), "k": randn(2, 30, seed=1), "skip": randn(4, seed=2)}
+    a |= {"pre_gate": randn(2, 4, 50, seed=3), "post_gate": randn(2, 4, 50, seed=4)}
+    spectrum = SparseSpectrum(96, (True, False, False, True, True, False, False, False))
+    y, state = long_conv(**a, spectrum=spectrum)
+    x = a["pre_gate"] * a["u"]
+    masked = torch.fft.rfft(a["k"].repeat_interleave(2, 0), n=96) * spectrum.mask()
+    expected = a["post_gate"] * (torch.fft.irfft(torch.fft.rfft(x, n=96) * masked)[..., :50] + a["skip"][:, None] * x)
+    assert state is None
+    assert_close(y, expected)
+    assert_close(long_conv(**a, spectrum=spectrum, backend="reference")[0], expected)
+    for refused in ({"output_final_state": True}, {"initial_state": randn(2, 4, 29)}):
+        with pytest.raises(ValueError, match="a spectrum has no states"):
+            long_conv(**a, spectrum=spectrum, **refused)
+    with pytest.raises(ValueError, match=r"T \+ L - 1"):
+        long_conv(randn(2, 4, 80), a["k"], spectrum=spectrum)
 
 
 def test_fft_sizes_are_smooth_even_and_no_larger_than_a_power_of_two():

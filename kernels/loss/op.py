@@ -1,57 +1,21 @@
-"""Cross-entropy of a linear head, tiled over tokens: the logits of all tokens never exist at once."""
-
-from typing import Any
+"""The public face of the language-model loss: checks and the sizes of tiles."""
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-TILE_ELEMENTS = 1 << 20
-"""Logits of one tile: 4 MB in float32."""
+from seqengine.kernels.checks import check, check_floats
+from seqengine.kernels.loss import ops
+
+TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
+"""Logits of one tile: 4 MB in float32 on a CPU, half a gigabyte on a GPU."""
+LARGEST_TILE_WORDS = {"cpu": 1 << 12, "cuda": 1 << 16}
+"""A larger vocabulary is cut: then a tile still has enough tokens for its products to be worth reading the weights."""
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """Sum of nats for hidden [N, D], weight [V, D], labels [N]. Saves its inputs; the backward computes the logits again.
-
-    The gradients of hidden and of weight are both scaled by the upstream gradient, and summed in float32 or float64.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, tile: int) -> Tensor:
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        head = weight.to(dtype).T
-        total = torch.zeros((), dtype=dtype, device=hidden.device)
-        for start in range(0, hidden.shape[0], tile):
-            wanted = labels[start : start + tile]
-            logits = hidden[start : start + tile].to(dtype) @ head
-            kept = wanted != ignore_index
-            picked = logits.gather(1, wanted.clamp(min=0)[:, None])[:, 0]
-            total += ((torch.logsumexp(logits, dim=1) - picked) * kept).sum()
-        ctx.save_for_backward(hidden, weight, labels)
-        ctx.settings = (ignore_index, tile, dtype)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        hidden, weight, labels = ctx.saved_tensors
-        ignore_index, tile, dtype = ctx.settings
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        head = weight.to(dtype)
-        d_hidden = torch.empty_like(hidden) if need_hidden else None
-        d_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if need_weight else None
-        for start in range(0, hidden.shape[0], tile):
-            rows = slice(start, start + tile)
-            wanted = labels[rows]
-            x = hidden[rows].to(dtype)
-            d_logits = torch.softmax(x @ head.T, dim=1)
-            d_logits[torch.arange(wanted.shape[0], device=x.device), wanted.clamp(min=0)] -= 1.0
-            d_logits *= (wanted != ignore_index)[:, None] * upstream
-            if d_hidden is not None:
-                d_hidden[rows] = d_logits @ head
-            if d_weight is not None:
-                d_weight.addmm_(d_logits.T, x)
-        return d_hidden, (None if d_weight is None else d_weight.to(weight.dtype)), None, None, None
+def tile_sizes(V: int, device_type: str, tile: int | None) -> tuple[int, int]:
+    """(tokens, words) of a tile; `tile`, if given, is the number of tokens."""
+    words = max(1, min(V, LARGEST_TILE_WORDS.get(device_type, 1 << 16)))
+    return tile or max(1, TILE_ELEMENTS.get(device_type, 1 << 27) // words), words
 
 
 def linear_cross_entropy(
@@ -60,30 +24,27 @@ def linear_cross_entropy(
     """Sum over tokens of -log softmax(hidden weight^T)[label] in nats, and the number of tokens counted.
 
     Shapes:   hidden [..., D]; weight [V, D]; labels [...] int64, each in [0, V) or ignore_index. Returns two scalars.
-    Dtypes:   float32 arithmetic for bfloat16, float16 and float32; float64 for float64. The count is int64.
-    Memory:   one tile of logits, tile * V; saves the inputs only. tile defaults to 4 MB of logits.
-    Exact to: reference.linear_cross_entropy; gradients are exact for any upstream gradient, so sums over micro-batches
-              divided by the total count weigh every token alike.
-    Raises:   ValueError if shapes disagree, labels are not int64 or lie outside the vocabulary, or tile < 1.
+    Dtypes:   float64, float32, bfloat16 or float16. Sums in float32, or in float64 where an input is; on a GPU products of
+              16-bit numbers by tensor cores, whose gradients of the logits are rounded to 16 bits too. The count is int64.
+    Memory:   one tile of logits at a time, over tokens and, beyond 4,096 words (65,536 on a GPU), over the vocabulary; tile
+              is its number of tokens, by default 4 MB of logits (512 MB). Saves the inputs and one number a token. The
+              gradient of weight is summed in [V, D] of float32. Second derivatives alone make whole logits.
+    Exact to: reference.linear_cross_entropy within 1e-12 relative in float64; gradients are exact for any upstream gradient,
+              so sums over micro-batches divided by the total count weigh every token alike.
+    Raises:   ValueError if shapes or devices disagree, a dtype is not supported, labels are not int64 or (on a CPU; a GPU
+              stops with an assertion) lie outside the vocabulary, or tile < 1.
+    References: online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867.
     """
     name = "linear_cross_entropy"
-    if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"{name}: hidden [..., D] and weight [V, D] must agree in D; got {tuple(hidden.shape)}, {tuple(weight.shape)}."
-        )
-    if labels.shape != hidden.shape[:-1] or labels.dtype != torch.int64:
-        raise ValueError(
-            f"{name}: labels must be int64 of shape {tuple(hidden.shape[:-1])}; got {labels.dtype} {tuple(labels.shape)}."
-        )
-    if tile is not None and tile < 1:
-        raise ValueError(f"{name}: tile must be at least 1 token; got {tile}.")
+    agree = weight.ndim == 2 and hidden.ndim >= 1 and hidden.shape[-1] == weight.shape[1]
+    check(name, agree, "hidden [..., D] and weight [V, D] must agree in D", (tuple(hidden.shape), tuple(weight.shape)))
+    check_floats(name, hidden=hidden, weight=weight)
+    fits = labels.shape == hidden.shape[:-1] and labels.dtype == torch.int64
+    must = "labels must be int64 of shape {}"
+    check(name, fits, must, (labels.dtype, tuple(labels.shape)), tuple(hidden.shape[:-1]))
+    check(name, labels.device == hidden.device, "labels must be on {}, like hidden", labels.device, hidden.device)
+    check(name, tile is None or tile >= 1, "tile must be at least 1 token", tile)
     flat = labels.reshape(-1)
-    kept = flat != ignore_index
-    V = weight.shape[0]
-    if flat.device.type == "cpu" and bool((kept & ((flat < 0) | (flat >= V))).any()):
-        raise ValueError(
-            f"{name}: labels must lie in [0, {V}) or be ignore_index={ignore_index}; got {int(flat.min())}..{int(flat.max())}."
-        )
-    size = tile or max(1, TILE_ELEMENTS // max(1, V))
-    nats: Tensor = LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, flat, ignore_index, size)  # type: ignore[no-untyped-call]
-    return nats, kept.sum()
+    sizes = tile_sizes(weight.shape[0], hidden.device.type, tile)
+    nats, _ = ops.linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), weight, flat, ignore_index, *sizes)
+    return nats, (flat != ignore_index).sum()

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from seqengine.kernels.api import linear_cross_entropy
-from seqengine.kernels.loss import reference
+from seqengine.kernels.loss import ops, reference
+from seqengine.kernels.loss.op import tile_sizes
+from tests.kernels.largest_tensor import LargestTensor
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -84,6 +86,96 @@ def test_all_labels_ignored_and_no_tokens_give_zero():
         assert float(weight.grad.abs().sum()) == 0
 
 
+@pytest.mark.parametrize(("tokens", "words"), [(4, 3), (100, 5), (1, 1), (7, 11)])
+def test_a_vocabulary_in_tiles_is_the_whole_one(tokens, words):
+    hidden, weight, labels = tensors()
+    hidden[0, 0] *= 300  # logits far apart from tile to tile
+    leaves, plain = ([t.clone().requires_grad_() for t in (hidden, weight)] for _ in range(2))
+    nats, lse = ops.linear_cross_entropy(leaves[0].flatten(0, 1), leaves[1], labels.flatten(), -100, tokens, words)
+    expected, _ = reference.linear_cross_entropy(*plain, labels, -100)
+    assert_close(nats, expected)
+    assert_close(lse, torch.logsumexp((hidden @ weight.T).flatten(0, 1), dim=1))
+    for a, b in zip(torch.autograd.grad(nats * 0.3, leaves), torch.autograd.grad(expected * 0.3, plain), strict=True):
+        assert_close(a, b)
+
+
+def test_memory_beyond_the_inputs_is_a_small_part_of_the_logits():
+    N, V, D = 4096, 50_000, 8
+    rows, words = tile_sizes(V, "cpu", None)
+    hidden, weight, labels = tensors((N,), D, V, torch.float32)
+    with LargestTensor() as largest:
+        total, lse = ops.linear_cross_entropy._init_fn(hidden, weight, labels, -100, rows, words)
+        ops.linear_cross_entropy_backward._init_fn(
+            torch.tensor(1.0), hidden, weight, labels, lse, -100, rows, words, True, True
+        )
+    assert bool(torch.isfinite(total))
+    assert largest.elements <= max(V * D, rows * words) <= 0.01 * N * V
+
+
+def test_saves_its_inputs_and_a_number_a_token():
+    hidden, weight, labels = tensors((64,), 16, 100, torch.float32)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), labels)
+    assert sum(kept.values()) == hidden.nbytes + weight.nbytes + labels.nbytes + 4 * 64
+
+
+def test_operators_keep_torchs_contract():
+    hidden, weight, labels = tensors((6,))
+    leaves = [t.requires_grad_() for t in (hidden, weight)]
+    torch.library.opcheck(ops.linear_cross_entropy, (*leaves, labels, -100, 4, 5))
+    _, lse = ops.linear_cross_entropy(*leaves, labels, -100, 4, 5)
+    upstream = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    for needed in ((True, True), (True, False), (False, True)):
+        arguments = (upstream, *leaves, labels, lse.detach(), -100, 4, 5, *needed)
+        torch.library.opcheck(ops.linear_cross_entropy_backward, arguments)
+
+
+def test_compiles_whole_forward_and_backward():
+    hidden, weight, labels = tensors()
+
+    def function(h, w, y):
+        nats, count = linear_cross_entropy(h, w, y)
+        return nats / count
+
+    eager, compiled = ([t.clone().requires_grad_() for t in (hidden, weight)] for _ in range(2))
+    expected = function(*eager, labels)
+    actual = torch.compile(function, fullgraph=True, backend="aot_eager")(*compiled, labels)
+    assert_close(actual, expected)
+    for a, b in zip(torch.autograd.grad(actual, compiled), torch.autograd.grad(expected, eager), strict=True):
+        assert_close(a, b)
+
+
+def test_under_autocast_logits_are_not_rounded():
+    hidden, weight, labels = tensors(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        nats, _ = linear_cross_entropy(hidden, weight, labels)
+    assert_close(nats, linear_cross_entropy(hidden.double(), weight.double(), labels)[0])
+
+
+def test_two_runs_agree_bit_for_bit():
+    runs = []
+    for _ in range(2):
+        leaves = [t.requires_grad_() for t in tensors((50,), 32, 300, torch.float32)[:2]]
+        nats, _ = linear_cross_entropy(*leaves, tensors((50,), 32, 300)[2])
+        runs.append([nats, *torch.autograd.grad(nats, leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_gradgradcheck():
+    hidden, weight, labels = tensors((2, 2), 3, 4)
+
+    def function(h, w):
+        return linear_cross_entropy(h, w, labels, tile=2)[0] ** 2
+
+    assert torch.autograd.gradgradcheck(function, [hidden.requires_grad_(), weight.requires_grad_()])
+
+
 def test_gradcheck():
     hidden, weight, labels = tensors((2, 3))
     assert torch.autograd.gradcheck(
@@ -100,6 +192,8 @@ def test_gradcheck():
         ({"labels": torch.full((3, 7), 11)}, r"labels must lie in \[0, 11\)"),
         ({"labels": torch.full((3, 7), -1)}, r"labels must lie in \[0, 11\)"),
         ({"tile": 0}, "tile must be at least 1"),
+        ({"labels": torch.zeros(3, 7, dtype=torch.int64, device="meta")}, "labels must be on cpu"),
+        ({"weight": torch.zeros(11, 5, dtype=torch.int64)}, "weight must be float64"),
     ],
 )
 def test_rejects(change, message):

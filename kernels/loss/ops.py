@@ -1,0 +1,183 @@
+"""Cross-entropy of a linear head as two operators, tiled over tokens and over the vocabulary.
+
+    linear_cross_entropy(h, W, labels)          (sum of lse - logit[label], lse [N]), lse = log sum exp of a token's logits
+    linear_cross_entropy_backward(up, ...)      p = exp(logits - lse), one less at the label;  dh = up p W,  dW = up p^T h
+
+The logits exist one tile at a time. Over the tiles of the vocabulary the sum of exponentials is kept with its running maximum
+(Milakov and Gimelshein 2018, arXiv:1805.02867). Saved are the inputs and lse, so that the backward computes the logits once.
+Both gradients are multiplied by the upstream gradient at the end, in the dtype of the sums.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def tiles(N: int, V: int, tile_tokens: int, tile_words: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Tokens, and the words to go through for them."""
+    words = [slice(v, min(v + tile_words, V)) for v in range(0, V, tile_words)]
+    for start in range(0, N, tile_tokens):
+        yield slice(start, min(start + tile_tokens, N)), words
+
+
+def accumulation_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b summed in `dtype`. On a GPU equal 16-bit operands stay what they are: tensor cores sum them in float32."""
+    if a.device.type == "cuda" and a.dtype == b.dtype and a.element_size() == 2:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.to(dtype) @ b.to(dtype)
+
+
+def _check_labels(labels: Tensor, V: int, ignore_index: int) -> None:
+    """On a GPU the check does not wait: a wrong label then stops the process."""
+    fits = ((labels == ignore_index) | ((labels >= 0) & (labels < V))).all()
+    must = f"linear_cross_entropy: labels must lie in [0, {V}) or be ignore_index={ignore_index}"
+    if labels.device.type == "cuda":
+        torch._assert_async(fits, must)
+    elif not bool(fits):
+        raise ValueError(f"{must}; got {int(labels.min())}..{int(labels.max())}.")
+
+
+@torch.library.custom_op("seqengine::linear_cross_entropy", mutates_args=())
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, tile_tokens: int, tile_words: int
+) -> tuple[Tensor, Tensor]:
+    """hidden [N, D], weight [V, D], labels [N]: the sum of nats and lse [N], in float32 or float64."""
+    N, V = hidden.shape[0], weight.shape[0]
+    _check_labels(labels, V, ignore_index)
+    dtype = accumulation_dtype(hidden, weight)
+    total = torch.zeros((), dtype=dtype, device=hidden.device)
+    lse = torch.empty(N, dtype=dtype, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for some, words in tiles(N, V, tile_tokens, tile_words):
+            x, wanted = hidden[some], labels[some]
+            largest = torch.full(wanted.shape, -torch.inf, dtype=dtype, device=x.device)
+            summed, picked = torch.zeros_like(largest), torch.zeros_like(largest)
+            for own in words:
+                logits = _product(x, weight[own].T, dtype)
+                above = torch.maximum(largest, logits.amax(dim=1))
+                here = (wanted >= own.start) & (wanted < own.stop)
+                column = (wanted - own.start).clamp(0, logits.shape[1] - 1)
+                picked = torch.where(here, logits.gather(1, column[:, None])[:, 0], picked)
+                summed = summed * (largest - above).exp() + logits.sub_(above[:, None]).exp_().sum(dim=1)
+                largest = above
+            lse[some] = largest + summed.log()
+            total += torch.where(wanted != ignore_index, lse[some] - picked, 0).sum()
+    return total, lse
+
+
+@torch.library.custom_op("seqengine::linear_cross_entropy_backward", mutates_args=())
+def linear_cross_entropy_backward(
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    tile_tokens: int,
+    tile_words: int,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of hidden and weight in their dtypes; one that is not needed is empty, of shape [0]."""
+    N, V = hidden.shape[0], weight.shape[0]
+    dtype = accumulation_dtype(hidden, weight)
+    d_hidden = torch.empty(hidden.shape if need_hidden else (0,), dtype=hidden.dtype, device=hidden.device)
+    d_weight = torch.zeros(weight.shape if need_weight else (0,), dtype=dtype, device=weight.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for some, words in tiles(N, V, tile_tokens, tile_words):
+            x, wanted = hidden[some], labels[some]
+            kept = wanted != ignore_index
+            summed = torch.zeros(x.shape, dtype=dtype, device=x.device) if need_hidden else None
+            for own in words:
+                part = weight[own]
+                p = _product(x, part.T, dtype).sub_(lse[some, None]).exp_()
+                here = (wanted >= own.start) & (wanted < own.stop)
+                column = (wanted - own.start).clamp(0, p.shape[1] - 1)
+                p.scatter_add_(1, column[:, None], -here[:, None].to(dtype))
+                p *= kept[:, None]
+                p = p.to(x.dtype) if x.device.type == "cuda" else p
+                if summed is not None:
+                    summed += _product(p, part, dtype)
+                if need_weight:
+                    d_weight[own] += _product(p.T, x, dtype)
+            if summed is not None:
+                d_hidden[some] = summed.mul_(upstream)
+    return d_hidden, d_weight.mul_(upstream).to(weight.dtype)
+
+
+@linear_cross_entropy.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, tile_tokens: int, tile_words: int
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(hidden, weight)
+    return (
+        torch.empty((), dtype=dtype, device=hidden.device),
+        torch.empty(hidden.shape[0], dtype=dtype, device=hidden.device),
+    )
+
+
+@linear_cross_entropy_backward.register_fake
+def _(
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    tile_tokens: int,
+    tile_words: int,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(hidden.shape if need_hidden else (0,), dtype=hidden.dtype, device=hidden.device),
+        torch.empty(weight.shape if need_weight else (0,), dtype=weight.dtype, device=weight.device),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    hidden, weight, labels, *ctx.settings = inputs
+    ctx.save_for_backward(hidden, weight, labels, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:2]
+    found = linear_cross_entropy_backward(upstream, *ctx.saved_tensors, *ctx.settings, *needs)
+    return (*(gradient if need else None for gradient, need in zip(found, needs, strict=True)), None, None, None, None)
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    upstream, hidden, weight, labels, _, ctx.ignore_index, *_, need_hidden, need_weight = inputs
+    ctx.save_for_backward(upstream, hidden, weight, labels)
+    ctx.had = (need_hidden, need_weight)
+
+
+def _differentiate_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    """By torch, through the gradients of the definition: whole logits, which only second derivatives need."""
+    further, asked = torch.is_grad_enabled(), ctx.needs_input_grad[:3]
+    upstream, hidden, weight, labels = ctx.saved_tensors
+    with torch.enable_grad():
+        own = [t.view_as(t) if ask else t.detach() for t, ask in zip((upstream, hidden, weight), asked, strict=True)]
+        dtype = accumulation_dtype(hidden, weight)
+        x, w = own[1].to(dtype), own[2].to(dtype)
+        kept = labels != ctx.ignore_index
+        p = torch.softmax(x @ w.T, dim=1) - F.one_hot(labels.clamp(min=0), w.shape[0]).to(dtype)
+        p = p * kept[:, None] * own[0]
+        values = (p @ w, p.T @ x)
+        pairs = [(v, h.to(dtype)) for v, h, had in zip(values, cotangents, ctx.had, strict=True) if had]
+        wanted = [t for t, ask in zip(own, asked, strict=True) if ask]
+        outputs, weights = [v for v, _ in pairs], [h for _, h in pairs]
+        found = iter(torch.autograd.grad(outputs, wanted, weights, create_graph=further, allow_unused=True))
+    return (*(next(found) if ask else None for ask in asked), *[None] * 7)
+
+
+linear_cross_entropy.register_autograd(_differentiate, setup_context=_save)
+linear_cross_entropy_backward.register_autograd(_differentiate_backward, setup_context=_save_backward)

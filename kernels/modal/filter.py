@@ -5,11 +5,8 @@ times an [N, C] matrix, and N (T/C + C) exponentials do the work of N T. Exponen
 the phase Im(log_pole) t alone would be off by 0.1 at t = 2^20.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -30,12 +27,14 @@ def powers(log_poles: Tensor, exponents: Tensor) -> Tensor:
     """exp(log_poles[..., None] * exponents) [..., N, E], in float64 or complex128.
 
     A real part of -inf counts as -1e4, whose exponential is zero all the same, because -inf * 0 would be NaN at exponent 0.
+    Cosine and sine instead of torch.polar: the second derivative of polar divides by magnitudes, which may be zero.
     """
     exponents = exponents.to(torch.float64)
     magnitude = torch.exp(log_poles.real.to(torch.float64).clamp(min=-1e4)[..., None] * exponents)
     if not log_poles.is_complex():
         return magnitude
-    return torch.polar(magnitude, log_poles.imag.to(torch.float64)[..., None] * exponents)
+    phase = log_poles.imag.to(torch.float64)[..., None] * exponents
+    return torch.complex(magnitude * torch.cos(phase), magnitude * torch.sin(phase))
 
 
 def real_modes(x: Tensor) -> Tensor:
@@ -50,8 +49,17 @@ def complex_modes(x: Tensor, is_complex: bool) -> Tensor:
 
 
 def _fine_lags(length: int) -> int:
-    """The power of two next above sqrt(length): both tables are then about equally long."""
-    return 1 << (((length - 1).bit_length() + 1) // 2)
+    """The smallest power of two whose square is at least `length`: both tables are then about equally long."""
+    fine = 1
+    while fine * fine < length:
+        fine *= 2
+    return fine
+
+
+def _lags(log_poles: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The fine lags 0 .. C-1 and the coarse ones 0, C, 2C, .. < length."""
+    fine, device = _fine_lags(length), log_poles.device
+    return torch.arange(fine, device=device), torch.arange(0, length, fine, device=device)
 
 
 def _blocks(log_poles: Tensor, coarse: int, fine: int) -> list[slice]:
@@ -60,45 +68,41 @@ def _blocks(log_poles: Tensor, coarse: int, fine: int) -> list[slice]:
     return [slice(start, min(start + width, D)) for start in range(0, D, width)]
 
 
-class ModalFilter(torch.autograd.Function):
-    """k[d, t] = Re sum_n residues[d, n] exp(log_poles[d, n] t) for t < length, length >= 1; both real, or both complex.
+def whole_taps(log_poles: Tensor, residues: Tensor, length: int) -> Tensor:
+    """`taps` of all channels at once, in operations that torch differentiates any number of times."""
+    dtype = real_dtype(log_poles, residues)
+    lags, starts = _lags(log_poles, length)
+    at_start = residues[..., None] * powers(log_poles, starts)
+    left = real_modes(at_start.conj_physical()).to(dtype).mT  # Re(a b) = Re a Re b + Im(conj a) Im b
+    right = real_modes(powers(log_poles, lags)).to(dtype)
+    return (left @ right).flatten(1)[:, :length]
 
-    Gradients, with g = dL/dk: d_residues = conj(sum_t g lambda^t) and d_log_poles = conj(residues sum_t g t lambda^t).
-    """
 
-    @staticmethod
-    def forward(ctx: Any, log_poles: Tensor, residues: Tensor, length: int) -> Tensor:
-        dtype, device = real_dtype(log_poles, residues), log_poles.device
-        fine = _fine_lags(length)
-        lags = torch.arange(fine, device=device)
-        starts = torch.arange(0, length, fine, device=device)
-        k = torch.empty(log_poles.shape[0], length, dtype=dtype, device=device)
-        with torch.autocast(device.type, enabled=False):
-            for block in _blocks(log_poles, len(starts), fine):
-                at_start = residues[block, :, None] * powers(log_poles[block], starts)
-                left = real_modes(at_start.conj()).to(dtype).mT  # Re(a b) = Re a Re b + Im(conj a) Im b
-                right = real_modes(powers(log_poles[block], lags)).to(dtype)
-                k[block] = (left @ right).flatten(1)[:, :length]
-        ctx.save_for_backward(log_poles, residues)
-        return k
+def taps(log_poles: Tensor, residues: Tensor, length: int) -> Tensor:
+    """k[d, t] = Re sum_n residues[d, n] exp(log_poles[d, n] t) for t < length, length >= 1; both real, or both complex."""
+    lags, starts = _lags(log_poles, length)
+    k = torch.empty(log_poles.shape[0], length, dtype=real_dtype(log_poles, residues), device=log_poles.device)
+    with torch.autocast(log_poles.device.type, enabled=False):
+        for block in _blocks(log_poles, len(starts), len(lags)):
+            k[block] = whole_taps(log_poles[block], residues[block], length)
+    return k
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dk: Tensor) -> tuple[Tensor, Tensor, None]:
-        log_poles, residues = ctx.saved_tensors
-        is_complex, length, device = log_poles.is_complex(), dk.shape[-1], dk.device
-        fine = _fine_lags(length)
-        lags = torch.arange(fine, device=device)
-        starts = torch.arange(0, length, fine, device=device)
-        d_log_poles, d_residues = torch.empty_like(log_poles), torch.empty_like(residues)
-        with torch.autocast(device.type, enabled=False):
-            for block in _blocks(log_poles, len(starts), fine):
-                g = F.pad(dk[block], (0, len(starts) * fine - length)).unflatten(-1, (-1, fine))
-                right = powers(log_poles[block], lags)
-                plain = complex_modes(g @ real_modes(right).to(dk.dtype).mT, is_complex)  # [d, T/C, N]
-                by_lag = complex_modes(g @ real_modes(right * lags).to(dk.dtype).mT, is_complex)
-                at_start = powers(log_poles[block], starts).mT
-                d_residues[block] = (at_start * plain).sum(dim=1).conj()
-                by_time = (at_start * (by_lag + starts[:, None] * plain)).sum(dim=1)
-                d_log_poles[block] = (residues[block] * by_time).conj()
-        return d_log_poles, d_residues, None
+
+def gradients(dk: Tensor, log_poles: Tensor, residues: Tensor) -> tuple[Tensor, Tensor]:
+    """Of log_poles, conj(residues sum_t dk t lambda^t), and of residues, conj(sum_t dk lambda^t)."""
+    is_complex, length = log_poles.is_complex(), dk.shape[-1]
+    lags, starts = _lags(log_poles, length)
+    coarse, fine = len(starts), len(lags)
+    d_log_poles = torch.empty(log_poles.shape, dtype=log_poles.dtype, device=log_poles.device)
+    d_residues = torch.empty(residues.shape, dtype=residues.dtype, device=residues.device)
+    with torch.autocast(dk.device.type, enabled=False):
+        for block in _blocks(log_poles, coarse, fine):
+            g = F.pad(dk[block], (0, coarse * fine - length)).unflatten(-1, (-1, fine))
+            right = powers(log_poles[block], lags)
+            plain = complex_modes(g @ real_modes(right).to(dk.dtype).mT, is_complex)  # [d, T/C, N]
+            by_lag = complex_modes(g @ real_modes(right * lags).to(dk.dtype).mT, is_complex)
+            at_start = powers(log_poles[block], starts).mT
+            d_residues[block] = (at_start * plain).sum(dim=1).conj_physical()
+            by_time = (at_start * (by_lag + starts[:, None] * plain)).sum(dim=1)
+            d_log_poles[block] = (residues[block] * by_time).conj_physical()
+    return d_log_poles, d_residues

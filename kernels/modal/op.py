@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from seqengine.kernels.checks import check
-from seqengine.kernels.modal import reference
-from seqengine.kernels.modal.filter import ModalFilter, powers, real_dtype, to_double
-from seqengine.kernels.modal.scan import ModalConv
+from seqengine.kernels.modal import ops, reference
+from seqengine.kernels.modal.filter import powers, real_dtype, to_double
 
 Backend = Literal["auto", "torch", "reference"]
 """auto: torch on every device. torch: chunks and states by matrix products. reference: the recurrence, step by step."""
+_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}  # torch.dtype.to_complex is not traced
 
 
 def _check_parameters(name: str, log_poles: Tensor, residues: Tensor) -> None:
@@ -55,7 +55,7 @@ def _same_kind(log_poles: Tensor, residues: Tensor) -> Tensor:
     """residues complex exactly if log_poles are: of real poles only the real part of a residue reaches the filter."""
     if log_poles.is_complex() == residues.is_complex():
         return residues
-    return residues.real if residues.is_complex() else residues.to(residues.dtype.to_complex())
+    return residues.real if residues.is_complex() else residues.to(_COMPLEX[residues.dtype])
 
 
 def modal_filter(log_poles: Tensor, residues: Tensor, length: int) -> Tensor:
@@ -64,9 +64,10 @@ def modal_filter(log_poles: Tensor, residues: Tensor, length: int) -> Tensor:
     Shapes:   log_poles, residues [D, N], N >= 1; returns [D, length]. A conjugate pair of modes is one mode, twice its residue.
     Dtypes:   float32, float64, complex64 or complex128; returns float64 if either is double, else float32. Exponents are
               always multiplied out in float64.
-    Memory:   k and, block of channels by block, tables of N sqrt(length) numbers a channel; saves log_poles and residues.
+    Memory:   k and, block of channels by block, tables of N sqrt(length) numbers a channel; saves log_poles and residues. Any
+              order of derivative; torch.compile traces it whole.
     Exact to: reference.modal_filter within 1e-12 relative in float64. float32, length 2^20, |lambda| = 1 - 1e-6, N = 16:
-              1.2e-7 relative rms, gradients 7e-7. A second derivative raises.
+              1.2e-7 relative rms, gradients 7e-7.
     Poles:    a real part of -inf gives exp = 1 at lag 0 and 0 after it, with zero gradient. Positive real parts may overflow.
     Raises:   ValueError if shapes disagree, a dtype is not supported, or length is negative.
     References: S4D, Gu et al. 2022, arXiv:2206.11893; Hyena-LI, Ku et al. 2025, arXiv:2503.01868.
@@ -77,7 +78,7 @@ def modal_filter(log_poles: Tensor, residues: Tensor, length: int) -> Tensor:
     residues = _same_kind(log_poles, residues)
     if length == 0 or log_poles.shape[0] == 0:
         return reference.modal_filter(log_poles, residues, length).to(real_dtype(log_poles, residues))
-    k: Tensor = ModalFilter.apply(log_poles, residues, length)  # type: ignore[no-untyped-call]
+    k: Tensor = ops.modal_filter(log_poles, residues, length)
     return k
 
 
@@ -102,10 +103,11 @@ def modal_conv(
               y in u.dtype.
     State:    s = sum_tau exp(log_poles)^(T-1-tau) x[tau] + exp(log_poles)^T initial_state: after the last token, so that the
               next output is Re sum_n residues (exp(log_poles) s + x) + skip x. Cutting T anywhere gives the uncut result.
-    Memory:   saves the arguments and one state for many chunks; the backward computes the chunks' states again. Time:
-              O(C + N) a token for chunks of C <= 64, and O(N) for T = 1, where nothing longer than N is built.
+    Memory:   saves the arguments and one state for many chunks; the backward computes the chunks' states again. Any order of
+              derivative: beyond the first they keep a few times u and N / C states a token. torch.compile traces it whole.
+              Time: O(C + N) a token for chunks of C <= 64, and O(N) for T = 1, where nothing longer than N is built.
     Exact to: reference.modal_conv within 1e-12 relative in float64. float32, T = 2^20, |lambda| = 1 - 1e-6, N = 16:
-              y, state and gradients 6e-7 relative rms at most. A second derivative raises unless T = 1.
+              y, state and gradients 6e-7 relative rms at most.
     Poles:    a real part of -inf forgets everything at each token, with zero gradient. Positive real parts may overflow.
     Raises:   ValueError if shapes disagree, a dtype is not supported, or the backend is unknown.
     References: H3, Fu et al. 2022, arXiv:2212.14052; S4D, Gu et al. 2022, arXiv:2206.11893; Hyena-LI, Ku et al. 2025,
@@ -116,7 +118,7 @@ def modal_conv(
     _check_conv(name, u, log_poles, residues, skip, pre_gate, post_gate, initial_state)
     residues = _same_kind(log_poles, residues)
     dtype = real_dtype(u, log_poles, residues)
-    state_dtype = dtype.to_complex() if log_poles.is_complex() else dtype
+    state_dtype = _COMPLEX[dtype] if log_poles.is_complex() else dtype
     if initial_state is None:
         state = torch.zeros(u.shape[0], *log_poles.shape, dtype=state_dtype, device=u.device)
     else:
@@ -128,7 +130,7 @@ def modal_conv(
     elif u.shape[-1] == 1:
         y, final = _one_token(u, log_poles, residues, skip, pre_gate, post_gate, state)
     else:
-        y, final = ModalConv.apply(u, log_poles, residues, skip, pre_gate, post_gate, state)  # type: ignore[no-untyped-call]
+        y, final, _ = ops.modal_conv(u, log_poles, residues, skip, pre_gate, post_gate, state)
     return y, (final.to(state_dtype) if output_final_state else None)
 
 

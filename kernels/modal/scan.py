@@ -7,16 +7,15 @@ Inside a chunk of C tokens the first C taps act as a Toeplitz matrix; across chu
 
 The recurrence over chunks is a tree in float64: a rounded lambda^C, applied T/C times, would move a pole near the unit
 circle. Channels are worked through in blocks and time in segments; only inputs and the states at the segments' starts are
-saved, and the backward walks the segments from right to left with the adjoint state. Complex numbers appear in the
+saved, and `gradients` walks the segments from right to left with the adjoint state. Complex numbers appear in the
 scan and in the tables; the matrix products see real and imaginary parts as 2N real modes. On a GPU those of float32
 follow torch.backends.cuda.matmul: with TF32 allowed there, y and the states have the accuracy of TF32.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from seqengine.kernels.modal.filter import complex_modes, powers, real_dtype, real_modes, to_double
@@ -31,6 +30,13 @@ LONGEST_CHUNK = 64
 """
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 27}
 """Numbers of one block of channels and segment of time: in the cache of a CPU; on a GPU only a bound on memory."""
+
+
+Segment = tuple[int, int, int]
+"""(start, stop, chunk): tokens start .. stop-1 in chunks of so many tokens."""
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]
+"""(u, log_poles, residues, skip, pre_gate, post_gate, state): u and gates [B, D, T], not empty; log_poles, residues [D, N],
+both real or both complex; skip [D]; state [B, D, N], complex if they are."""
 
 
 class Tables(NamedTuple):
@@ -50,15 +56,26 @@ def chunk_length(tokens: int) -> int:
     return chunk
 
 
-def _blocks(u: Tensor, chunk: int, modes: int) -> tuple[list[slice], list[tuple[int, int, int]]]:
-    """Blocks of channels, and segments (start, stop, chunk): whole chunks, then the rest as one shorter chunk."""
+def _sizes(u: Tensor, log_poles: Tensor) -> tuple[int, int, int]:
+    """Tokens of a chunk, channels of a block, and tokens of a segment, which is at least 16 chunks."""
     B, D, T = u.shape
+    chunk, modes = chunk_length(T), log_poles.shape[1] * (2 if log_poles.is_complex() else 1)
     budget = BLOCK_ELEMENTS.get(u.device.type, 1 << 20)
-    widest = min(
-        budget // (chunk * (chunk + 2 * modes)), budget // (16 * B * (chunk + modes))
-    )  # a segment is >= 16 chunks
+    widest = min(budget // (chunk * (chunk + 2 * modes)), budget // (16 * B * (chunk + modes)))
     width = max(1, min(D, widest))
-    span = chunk * max(1, budget // (width * B * (chunk + modes)))
+    return chunk, width, chunk * max(1, budget // (width * B * (chunk + modes)))
+
+
+def num_segments(u: Tensor, log_poles: Tensor) -> int:
+    """How many states `convolve` keeps for its gradients."""
+    T, (chunk, _, span) = u.shape[-1], _sizes(u, log_poles)
+    whole = T - T % chunk
+    return -(-whole // span) + (1 if whole < T else 0)
+
+
+def _plan(u: Tensor, log_poles: Tensor) -> tuple[list[slice], list[Segment]]:
+    """Blocks of channels, and segments: whole chunks, then the rest as one shorter chunk."""
+    (D, T), (chunk, width, span) = u.shape[1:], _sizes(u, log_poles)
     channels = [slice(start, min(start + width, D)) for start in range(0, D, width)]
     whole = T - T % chunk
     segments = [(start, min(start + span, whole), chunk) for start in range(0, whole, span)]
@@ -72,7 +89,7 @@ def _tables(table: Tensor, residues: Tensor, chunk: int, dtype: torch.dtype) -> 
     return Tables(
         toeplitz=F.pad(taps, (chunk - 1, 0)).unfold(-1, chunk, 1).flip(1),
         collect=real_modes(table[..., :chunk].flip(-1)).to(dtype).mT,
-        emit=real_modes(weighted[..., 1:].conj()).to(dtype),  # Re(r s) = Re(r) Re(s) + Im(conj r) Im(s)
+        emit=real_modes(weighted[..., 1:].conj_physical()).to(dtype),  # Re(r s) = Re(r) Re(s) + Im(conj r) Im(s)
         decay=table[..., chunk].unsqueeze(1),
     )
 
@@ -91,12 +108,12 @@ def _fold(table: Tensor, residues: Tensor, chunk: int, d: Tables) -> tuple[Tenso
     used = table[..., : chunk + 1]
     d_weighted = torch.zeros_like(used)
     d_weighted[..., :chunk] += _diagonal_sums(d.toeplitz)[:, None].to(torch.float64)
-    d_weighted[..., 1:] += complex_modes(d.emit.mT, is_complex).mT.conj()
-    d_used = residues.conj()[..., None] * d_weighted
+    d_weighted[..., 1:] += complex_modes(d.emit.mT, is_complex).mT.conj_physical()
+    d_used = residues.conj_physical()[..., None] * d_weighted
     d_used[..., :chunk] += complex_modes(d.collect, is_complex).mT.flip(-1)
     d_used[..., chunk] += d.decay.squeeze(1)
     exponents = torch.arange(chunk + 1, device=table.device, dtype=torch.float64)
-    return (used.conj() * d_used * exponents).sum(dim=-1), (used.conj() * d_weighted).sum(dim=-1)
+    return (used.conj_physical() * d_used * exponents).sum(dim=-1), (used.conj_physical() * d_weighted).sum(dim=-1)
 
 
 def _tree_scan(e: Tensor, decay: Tensor) -> Tensor:
@@ -142,14 +159,17 @@ def _store(out: Tensor, channels: slice, start: int, stop: int, tile: Tensor) ->
 class _Block:
     """A block of channels: its tables for every chunk length, and the sums of their gradients."""
 
-    def __init__(self, channels: slice, log_poles: Tensor, residues: Tensor, chunks: set[int], dtype: torch.dtype):
+    def __init__(
+        self, channels: slice, log_poles: Tensor, residues: Tensor, segments: list[Segment], dtype: torch.dtype
+    ):
         self.channels, self.dtype = channels, dtype
         self.residues = to_double(residues[channels])
+        chunks = {chunk for _, _, chunk in segments}
         self.table = powers(log_poles[channels], torch.arange(max(chunks) + 1, device=log_poles.device))
         self.tables = {chunk: _tables(self.table, self.residues, chunk, dtype) for chunk in chunks}
         self.gradients: dict[int, Tables] = {}
 
-    def load(self, x: Tensor, segment: tuple[int, int, int]) -> Tensor:
+    def load(self, x: Tensor, segment: Segment) -> Tensor:
         return _load(x, self.channels, *segment, self.dtype)
 
     def states(self, x: Tensor, carry: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
@@ -166,7 +186,7 @@ class _Block:
         tables = self.tables[chunk]
         sums = torch.bmm(g, tables.emit.mT)
         backwards = sums.unflatten(1, (carry.shape[1], -1)).flip(2).flatten(1, 2)
-        after, first = _carry(backwards, carry, tables.decay.conj())
+        after, first = _carry(backwards, carry, tables.decay.conj_physical())
         return after.flip(2), first
 
     def input_gradient(self, g: Tensor, after: Tensor, skip: Tensor | None, chunk: int) -> Tensor:
@@ -179,7 +199,7 @@ class _Block:
             toeplitz=torch.bmm(x.mT, g),
             collect=torch.bmm(x.mT, _rows(after, self.dtype)),
             emit=torch.bmm(_rows(before, self.dtype).mT, g),
-            decay=(before.conj() * after).sum(dim=(1, 2)).unsqueeze(1),
+            decay=(before.conj_physical() * after).sum(dim=(1, 2)).unsqueeze(1),
         )
         for total, part in zip(self.gradients.setdefault(chunk, Tables(*map(torch.zeros_like, new))), new, strict=True):
             total += part
@@ -194,91 +214,108 @@ class _Block:
         return d_log_poles, d_residues
 
 
-class ModalConv(torch.autograd.Function):
-    """post_gate * (h (*) x + skip * x) with x = pre_gate * u, and the state after the last token; u is not empty.
+def _forward_tile(
+    block: _Block, segment: Segment, tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None], carry: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One segment of the forward: its outputs as a tile, and the state after it from that before it."""
+    u, skip, pre_gate, post_gate = tensors
+    x = block.load(u, segment)
+    if pre_gate is not None:
+        x = x * block.load(pre_gate, segment)
+    before, carry = block.states(x, carry, segment[2])
+    y = block.outputs(x, before, skip, segment[2])
+    if post_gate is not None:
+        y = y.mul_(block.load(post_gate, segment))
+    return y, carry
 
-    u, gates [B, D, T]; log_poles, residues [D, N], both real or both complex; state [B, D, N], complex if they are.
+
+def convolve(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """post_gate * (h (*) x + skip * x) with x = pre_gate * u, the state after the last token, and that before each segment."""
+    u, log_poles, residues, skip, pre_gate, post_gate, state = arguments
+    dtype = real_dtype(u, log_poles, residues)
+    blocks, segments = _plan(u, log_poles)
+    y, final = torch.empty(u.shape, dtype=u.dtype, device=u.device), state.new_empty(state.shape)
+    starts = state.new_empty(len(segments), *state.shape)
+    with torch.autocast(u.device.type, enabled=False):
+        for channels in blocks:
+            block = _Block(channels, log_poles, residues, segments, dtype)
+            carry = to_double(state[:, channels].transpose(0, 1))
+            for i, segment in enumerate(segments):
+                starts[i, :, channels] = carry.transpose(0, 1)
+                tile, carry = _forward_tile(block, segment, (u, skip, pre_gate, post_gate), carry)
+                _store(y, channels, segment[0], segment[1], tile)
+            final[:, channels] = carry.transpose(0, 1)
+    return y, final, starts
+
+
+def whole_convolve(
+    u: Tensor,
+    log_poles: Tensor,
+    residues: Tensor,
+    skip: Tensor | None,
+    pre_gate: Tensor | None,
+    post_gate: Tensor | None,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The outputs and the state of `convolve`, in operations that torch differentiates any number of times.
+
+    All channels are one block, all whole chunks one segment. Memory: a few times u, N / C states a token, and for each
+    channel a Toeplitz matrix no larger than its input.
     """
+    T = int(u.shape[-1])  # a traced graph is for this length
+    chunk = chunk_length(T)
+    whole = T - T % chunk
+    segments = [(0, whole, chunk)] + ([(whole, T, T - whole)] if whole < T else [])
+    block = _Block(slice(None), log_poles, residues, segments, real_dtype(u, log_poles, residues))
+    carry = to_double(state.transpose(0, 1))
+    outputs = []
+    for segment in segments:
+        tile, carry = _forward_tile(block, segment, (u, skip, pre_gate, post_gate), carry)
+        outputs.append(tile.unflatten(1, (u.shape[0], -1)).flatten(2))
+    return torch.cat(outputs, dim=-1).transpose(0, 1).to(u.dtype), carry.transpose(0, 1).to(state.dtype)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        u: Tensor,
-        log_poles: Tensor,
-        residues: Tensor,
-        skip: Tensor | None,
-        pre_gate: Tensor | None,
-        post_gate: Tensor | None,
-        initial_state: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        dtype = real_dtype(u, log_poles, residues)
-        modes = log_poles.shape[1] * (2 if log_poles.is_complex() else 1)
-        blocks, segments = _blocks(u, chunk_length(u.shape[-1]), modes)
-        starts = initial_state.new_empty(len(segments), *initial_state.shape)
-        y, final = torch.empty(u.shape, dtype=u.dtype, device=u.device), torch.empty_like(initial_state)
-        with torch.autocast(u.device.type, enabled=False):
-            for channels in blocks:
-                block = _Block(channels, log_poles, residues, {chunk for _, _, chunk in segments}, dtype)
-                carry = to_double(initial_state[:, channels].transpose(0, 1))
-                for i, segment in enumerate(segments):
-                    start, stop, chunk = segment
-                    starts[i, :, channels] = carry.transpose(0, 1)
-                    x = block.load(u, segment)
-                    if pre_gate is not None:
-                        x = x * block.load(pre_gate, segment)
-                    before, carry = block.states(x, carry, chunk)
-                    out = block.outputs(x, before, skip, chunk)
-                    if post_gate is not None:
-                        out *= block.load(post_gate, segment)
-                    _store(y, channels, start, stop, out)
-                final[:, channels] = carry.transpose(0, 1)
-        ctx.save_for_backward(u, log_poles, residues, skip, pre_gate, post_gate, starts)
-        ctx.plan = (dtype, blocks, segments)
-        return y, final
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
-        u, log_poles, residues, skip, pre_gate, post_gate, starts = ctx.saved_tensors
-        dtype, blocks, segments = ctx.plan
-        gradients: list[Tensor | None] = [
-            torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed and t is not None else None
-            for t, needed in zip(
-                (u, log_poles, residues, skip, pre_gate, post_gate, d_final), ctx.needs_input_grad, strict=True
-            )
-        ]
-        with torch.autocast(u.device.type, enabled=False):
-            for channels in blocks:
-                block = _Block(channels, log_poles, residues, {chunk for _, _, chunk in segments}, dtype)
-                carry = to_double(d_final[:, channels].transpose(0, 1))
-                d_skip = torch.zeros(carry.shape[0], dtype=torch.float64, device=u.device)
-                for segment, start_state in zip(reversed(segments), starts[:, :, channels].flip(0), strict=True):
-                    carry = _backward_tile(
-                        block, segment, (u, skip, pre_gate, post_gate, dy), start_state, carry, d_skip, gradients
-                    )
-                for total, part in zip(gradients[1:4], (*block.parameter_gradients(), d_skip), strict=True):
-                    if total is not None:
-                        total[channels] = part
-                if gradients[6] is not None:
-                    gradients[6][:, channels] = carry.transpose(0, 1)
-        return tuple(gradients)
+def gradients(
+    dy: Tensor, d_final: Tensor, arguments: Arguments, starts: Tensor, needed: list[bool]
+) -> list[Tensor | None]:
+    """Of the arguments, in their dtypes; None for one that is not needed."""
+    u, log_poles, residues, skip, pre_gate, post_gate, _ = arguments
+    blocks, segments = _plan(u, log_poles)
+    found = [
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if need and t is not None else None
+        for t, need in zip(arguments, needed, strict=True)
+    ]
+    with torch.autocast(u.device.type, enabled=False):
+        for channels in blocks:
+            block = _Block(channels, log_poles, residues, segments, real_dtype(u, log_poles, residues))
+            carry = to_double(d_final[:, channels].transpose(0, 1))
+            d_skip = torch.zeros(carry.shape[0], dtype=torch.float64, device=u.device)
+            for segment, start_state in zip(reversed(segments), starts[:, :, channels].flip(0), strict=True):
+                tensors = (u, skip, pre_gate, post_gate, dy)
+                carry = _backward_tile(block, segment, tensors, start_state, carry, d_skip, found)
+            for total, part in zip(found[1:4], (*block.parameter_gradients(), d_skip), strict=True):
+                if total is not None:
+                    total[channels] = part
+            if found[6] is not None:
+                found[6][:, channels] = carry.transpose(0, 1)
+    return found
 
 
 def _backward_tile(
     block: _Block,
-    segment: tuple[int, int, int],
+    segment: Segment,
     tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor],
     start_state: Tensor,
     carry: Tensor,
     d_skip: Tensor,
-    gradients: list[Tensor | None],
+    found: list[Tensor | None],
 ) -> Tensor:
     """One segment of the backward: writes its part of du and the gates' gradients, adds to the tables' and to d_skip.
 
     Takes the gradient of the state after the segment, returns that of the state before it.
     """
     (start, stop, chunk), (u, skip, pre_gate, post_gate, dy) = segment, tensors
-    du, d_log_poles, d_residues, _, d_pre, d_post, _ = gradients
+    du, d_log_poles, d_residues, _, d_pre, d_post, _ = found
     inputs, g = block.load(u, segment), block.load(dy, segment)
     gate = None if pre_gate is None else block.load(pre_gate, segment)
     x = inputs if gate is None else inputs * gate

@@ -4,7 +4,11 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 
-.PHONY: demo test bench install lint types clean
+# The GPU targets need no installation: a Python with torch, Triton and pytest, which may have nothing of ours.
+GPU_PYTHON ?= python3
+OUT        ?= benchmarks/results/gpu-latest
+
+.PHONY: demo test bench gpu gpu-test gpu-bench gpu-device install lint types clean
 
 demo: $(STAMP)
 	$(BIN)/seqengine demo $(if $(FASTA),--fasta "$(FASTA)") $(SETTINGS)
@@ -16,6 +20,36 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/conv.py --out benchmarks/results/latest
+	$(BIN)/python benchmarks/short_conv.py --out benchmarks/results/latest
+
+# Both parts run, whatever the first finds; each command ends in time. Records and the table of errors go to OUT.
+gpu: gpu-device
+	@status=0; for part in gpu-test gpu-bench; do $(MAKE) --no-print-directory $$part || status=1; done; exit $$status
+
+gpu-device:
+	@$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu needs a CUDA device: torch %s of %s sees none" % (torch.__version__, sys.executable))'
+
+GPU_ENV     = PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" PYTHONUNBUFFERED=1 OUT="$(OUT)"
+GPU_WORKERS = $(shell $(GPU_PYTHON) -c 'import importlib.util as u; print("-n 6" if u.find_spec("xdist") else "")')
+
+# -c /dev/null: the options of pyproject.toml are for plugins that may be missing here.
+gpu-test: gpu-device
+	mkdir -p "$(OUT)"
+	$(GPU_ENV) timeout -s INT -k 10 210 $(GPU_PYTHON) -m pytest -c /dev/null --rootdir=. --import-mode=importlib -p no:cacheprovider \
+		-o 'markers=gpu: needs a CUDA device' -q -rfEs $(GPU_WORKERS) tests/gpu
+
+GPU_CONV = benchmarks/conv.py --device cuda --out "$(OUT)" --no-picture --channels 256 --backend torch triton
+gpu-bench: gpu-device
+	mkdir -p "$(OUT)"
+	@status=0; run() { limit=$$1; shift; $(GPU_ENV) timeout $$limit $(GPU_PYTHON) "$$@" || { echo "exit code $$?: $$*" >&2; status=1; }; }; \
+	run 90 $(GPU_CONV) --name conv-gated-8 --gated --dtype bfloat16 --lengths 2^10:2^14 --taps T --batch 8 --opponents fft flash-fft-conv; \
+	run 100 $(GPU_CONV) --name conv-gated-1 --gated --dtype bfloat16 --lengths 2^15:2^20 2^22 --taps T --batch 1 \
+		--most-elements 2^28 --opponents fft flash-fft-conv; \
+	run 50 $(GPU_CONV) --name conv-short-filters --dtype bfloat16 --lengths 2^13 2^16 --taps 4 128 512 --batch 4; \
+	run 50 $(GPU_CONV) --name conv-float32 --lengths 2^11 2^16 --taps T T/8 --batch 1 --opponents fft; \
+	run 30 $(GPU_CONV) --name conv-bidirectional --bidirectional --dtype bfloat16 --lengths 2^14 2^18 --taps T --batch 1 --opponents fft; \
+	run 30 benchmarks/short_conv.py --device cuda --out "$(OUT)" --no-picture --dtype bfloat16 --lengths 2^14 2^20 --taps 4 --backend torch triton; \
+	exit $$status
 
 install: $(STAMP)
 

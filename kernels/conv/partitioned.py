@@ -12,88 +12,79 @@ The products cost R Q multiply-adds of spectra for R and Q pieces, which is why 
 References: Stockham 1966 (sectioned convolution); the uniform partition of the filter: Wefers 2015, RWTH Aachen, chapter 5.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-class Need(NamedTuple):
-    """Which of the input's gradient, the filter's gradient and the output itself are asked for."""
-
-    x: bool
-    k: bool
-    y: bool
+from seqengine.kernels.conv.plan import Block, Plan, pieces
+from seqengine.kernels.conv.stream import Rows, Sink, Stream
 
 
-@dataclass
-class Gradients:
-    """What was asked for; None for the rest."""
+class Partitions:
+    """Pieces of how.hop = C values."""
 
-    x: Tensor | None = None
-    k: Tensor | None = None
-    y: Tensor | None = None
+    def __init__(self, how: Plan) -> None:
+        self.piece, self.inputs, self.ahead = how.hop, Rows(), Rows()
 
+    def _spectra(self, rows: Rows, x: Stream, block: Block, reach: int) -> Tensor:
+        """[B, g, p, R, C + 1]: spectra of 2 C points, of which the first `reach` are x from each piece on."""
+        C, R = self.piece, pieces(len(x), self.piece)
+        buffer = rows.zeros(x, block, R, 2 * C)
+        for r in range(R):
+            last = min(r * C + reach, len(x))
+            x.write(buffer[..., r, : last - r * C], block, r * C, last)
+        spectra: Tensor = torch.fft.rfft(buffer)
+        return spectra
 
-def pieces(length: int, piece: int) -> int:
-    """Pieces of `piece` that cover `length`."""
-    return -(-length // piece)
+    def _taps(self, k: Tensor) -> Tensor:
+        """[b, g, q, Q, C + 1]: spectra of the pieces of the filter, each padded to 2 C points."""
+        C, Q = self.piece, pieces(k.shape[-1], self.piece)
+        whole = F.pad(k, (0, Q * C - k.shape[-1]))
+        spectra: Tensor = torch.fft.rfft(whole.unflatten(-1, (Q, C)), n=2 * C)
+        return spectra
 
+    def _output(self, inputs: Tensor, taps: Tensor, block: Block, y: Sink) -> None:
+        C, R = self.piece, inputs.shape[-2]
+        total = inputs * taps[..., :1, :]
+        for m in range(1, taps.shape[-2]):
+            total[..., m:, :].addcmul_(inputs[..., : R - m, :], taps[..., m : m + 1, :])
+        both = torch.fft.irfft(total, n=2 * C)
+        z: Tensor = both[..., :C]
+        z[..., 1:, :] += both[..., :-1, C:]
+        for r in range(R):
+            y.write(block, r * C, z[..., r, :])
 
-def _spectra(x: Tensor, piece: int) -> Tensor:
-    """[..., n] -> [..., pieces, C + 1]: spectra of the pieces, each padded to 2 C points."""
-    count = pieces(x.shape[-1], piece)
-    missing = count * piece - x.shape[-1]
-    whole = F.pad(x, (0, missing)) if missing else x
-    spectra: Tensor = torch.fft.rfft(whole.unflatten(-1, (count, piece)), n=2 * piece)
-    return spectra
+    def convolve(self, x: Stream, k: Tensor, block: Block, y: Sink) -> None:
+        self._output(self._spectra(self.inputs, x, block, self.piece), self._taps(k), block, y)
 
-
-def convolve_block(x: Tensor, k: Tensor, piece: int) -> Tensor:
-    """y [..., n] of x [..., n] and k [..., L], L <= n, whose leading dims fit by broadcasting, in one real dtype."""
-    return _output(_spectra(x, piece), _spectra(k, piece), piece)[..., : x.shape[-1]]
-
-
-def _output(inputs: Tensor, taps: Tensor, piece: int) -> Tensor:
-    """[..., pieces * C] from the spectra of the pieces of input and filter."""
-    R = inputs.shape[-2]
-    total = inputs * taps[..., :1, :]
-    for m in range(1, taps.shape[-2]):
-        total[..., m:, :].addcmul_(inputs[..., : R - m, :], taps[..., m : m + 1, :])
-    both = torch.fft.irfft(total, n=2 * piece)
-    y: Tensor = both[..., :piece]
-    y[..., 1:, :] += both[..., :-1, piece:]
-    return y.flatten(-2)
-
-
-def gradients_block(dy: Tensor, x: Tensor, k: Tensor, piece: int, need: Need) -> Gradients:
-    """Of y = convolve_block(x, k, piece): dx and y of x's shape, dk [b, ..., L] still to be summed to k's."""
-    n, L = x.shape[-1], k.shape[-1]
-    R, Q = pieces(n, piece), pieces(L, piece)
-    found = Gradients()
-    if need.y or need.x:
-        taps = _spectra(k, piece)
-    if need.y or need.k:
-        inputs = _spectra(x, piece)
-    if need.y:
-        found.y = _output(inputs, taps, piece)[..., :n]
-    if not (need.x or need.k):
-        return found
-    ahead = F.pad(dy, (0, (R + 1) * piece - n)).unfold(-1, 2 * piece, piece)
-    spectra = torch.fft.rfft(ahead)
-    if need.x:
-        taps.conj_physical_()
-        total = spectra * taps[..., :1, :]
-        for m in range(1, Q):
-            total[..., : R - m, :].addcmul_(spectra[..., m:, :], taps[..., m : m + 1, :])
-        found.x = torch.fft.irfft(total, n=2 * piece)[..., :piece].flatten(-2)[..., :n]
-    if need.k:
+    def gradients(
+        self, dy: Stream, x: Stream, k: Tensor, block: Block, dx: Sink | None, y: Sink | None, need_k: bool
+    ) -> Tensor | None:
+        C, R, Q = self.piece, pieces(len(x), self.piece), pieces(k.shape[-1], self.piece)
+        if y is not None or need_k:
+            inputs = self._spectra(self.inputs, x, block, C)
+        if y is not None or dx is not None:
+            taps = self._taps(k)
+        if y is not None:
+            self._output(inputs, taps, block, y)
+        if dx is None and not need_k:
+            return None
+        spectra = self._spectra(self.ahead, dy, block, 2 * C)
+        if dx is not None:
+            taps.conj_physical_()
+            total = spectra * taps[..., :1, :]
+            for m in range(1, Q):
+                total[..., : R - m, :].addcmul_(spectra[..., m:, :], taps[..., m : m + 1, :])
+            found = torch.fft.irfft(total, n=2 * C)
+            for r in range(R):
+                dx.write(block, r * C, found[..., r, :C])
+        if not need_k:
+            return None
         inputs.conj_physical_()
-        sums = []
-        for m in range(Q):
-            product = (spectra[..., m:, :] * inputs[..., : R - m, :]).sum(dim=-2)
-            sums.append(product if k.shape[0] > 1 else product.sum(dim=0, keepdim=True))
-        found.k = torch.fft.irfft(torch.stack(sums, dim=-2), n=2 * piece)[..., :piece].flatten(-2)[..., :L]
-    return found
+        sums = spectra[..., :Q, :] * inputs[..., :1, :]
+        for r in range(1, R):
+            reached = min(Q, R - r)
+            sums[..., :reached, :].addcmul_(spectra[..., r : r + reached, :], inputs[..., r : r + 1, :])
+        sums = sums.sum_to_size(*k.shape[:-1], Q, C + 1)
+        dk: Tensor = torch.fft.irfft(sums, n=2 * C)[..., :C]
+        return dk.flatten(-2)[..., : k.shape[-1]]

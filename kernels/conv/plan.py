@@ -3,14 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from math import log2
 from typing import Literal, NamedTuple
-
-from seqengine.kernels.conv.partitioned import pieces
 
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}
 """Reals of one padded block: 4 MB in float32 on a CPU; on a GPU only a bound on memory."""
-IN_CACHE, LONGEST_WHOLE = 1 << 15, 1 << 16
+IN_CACHE, LONGEST_TRANSFORM = 1 << 15, 1 << 16
 """Points of one transform on a CPU. Up to the first it stays in a core's cache; beyond the second, partitions are faster."""
+FEW_FRAMES = 8
+"""So many frames are gone through one by one; more at once."""
 FRAME_RATIO = 4
 """Points of an overlap-save frame for each tap, at least."""
 SMALLEST_FRAME, LONGEST_FRAME = 1 << 10, 1 << 15
@@ -36,37 +37,59 @@ def fft_size(length: int) -> int:
     return best
 
 
+def pieces(length: int, piece: int) -> int:
+    """Pieces of `piece` that cover `length`."""
+    return -(-length // piece)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """How T outputs of an L-tap filter are made.
+    """How T outputs of an L-tap filter are made: `count` frames of `size` points with `hop` outputs each, or pieces."""
 
-    whole: one transform of `size`. frames: `count` of `size` points, `hop` outputs each. partitions: pieces of `hop`.
-    """
-
-    method: Literal["whole", "frames", "partitions"]
+    method: Literal["frames", "many frames", "partitions"]
     size: int
     hop: int
     count: int
 
+    @property
+    def points(self) -> int:
+        """Of one row, transformed at once."""
+        return self.size if self.method == "frames" else self.size * self.count
+
 
 @lru_cache(maxsize=1024)
 def plan(T: int, L: int, device_type: str, keep: int = 0) -> Plan:
-    """Frames where the sequence holds several; else whole while that is short enough; else partitions.
+    """Many frames where the sequence holds more than a few; else few frames, the cheapest; else partitions.
 
-    `keep` inputs stand before the T: their outputs are not wanted, so that they make no transform longer. Two frames are
-    enough where one transform would leave the cache, four where it would not. On a GPU always whole: launches cost more than
+    `keep` inputs stand before the T: their outputs are not wanted, so that they make no transform longer. The cost of a
+    transform of n points is n log n, and more where it leaves the cache. On a GPU always one frame: launches cost more than
     points there. Measured on two cores, D = 256, T = 2^14 .. 2^17 (benchmarks/conv.py).
     """
+    n = T + keep
     whole = fft_size(T + L - 1)
+    if device_type != "cpu":
+        return Plan("frames", whole, n, 1)
     frame = max(SMALLEST_FRAME, 1 << (FRAME_RATIO * L - 1).bit_length())
-    enough = 2 if whole > IN_CACHE else 4
-    if device_type == "cpu" and frame <= LONGEST_FRAME and enough * frame <= whole:
+    if frame <= LONGEST_FRAME and pieces(n, frame - L + 1) > FEW_FRAMES:
         hop = frame - L + 1
-        return Plan("frames", frame, hop, -(-(T + keep) // hop))
-    if device_type == "cpu" and whole > LONGEST_WHOLE:
-        piece = max(SMALLEST_PIECE, 1 << (-(-L // MOST_PIECES) - 1).bit_length())
-        return Plan("partitions", 2 * piece, piece, pieces(T + keep, piece))
-    return Plan("whole", whole, T + keep, 1)
+        return Plan("many frames", frame, hop, pieces(n, hop))
+    candidates = [Plan("frames", whole, n, 1)]
+    for count in range(2, FEW_FRAMES + 1):
+        hop = pieces(n, count)
+        size = fft_size(hop + L - 1)
+        if size >= SMALLEST_FRAME:
+            candidates.append(Plan("frames", size, hop, pieces(n, hop)))
+    best = min(candidates, key=_cost)
+    if best.size <= LONGEST_TRANSFORM:
+        return best
+    piece = max(SMALLEST_PIECE, 1 << (pieces(L, MOST_PIECES) - 1).bit_length())
+    return Plan("partitions", 2 * piece, piece, pieces(n, piece))
+
+
+def _cost(how: Plan) -> float:
+    """Of the transforms of a plan, in arbitrary units."""
+    leaves_cache = 1.0 + 0.15 * max(0.0, log2(how.size / IN_CACHE))
+    return how.count * how.size * log2(how.size) * leaves_cache
 
 
 class Block(NamedTuple):
@@ -81,7 +104,7 @@ class Block(NamedTuple):
 def blocks(batch: int, channels: int, filters: int, how: Plan, device_type: str) -> Iterator[Block]:
     """Whole groups of channels that share a filter, or parts of one group."""
     per_filter = channels // filters
-    width = max(1, BLOCK_ELEMENTS.get(device_type, 1 << 24) // max(1, batch * how.size * how.count))
+    width = max(1, BLOCK_ELEMENTS.get(device_type, 1 << 24) // max(1, batch * how.points))
     if width >= per_filter:
         step = width // per_filter
         for first in range(0, filters, step):

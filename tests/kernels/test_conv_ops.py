@@ -51,20 +51,19 @@ def test_both_methods_match_one_long_transform_with_gradients(T, L, filters):
 
 
 def test_plan_follows_the_documented_table():
-    assert plan(1 << 16, 128, "cpu").method == "frames"
-    assert plan(1 << 14, 1 << 14, "cpu").method == "whole"
-    assert plan(1 << 14, 1 << 11, "cpu").method == "whole"
-    assert plan(1 << 15, 1 << 12, "cpu").method == "frames"
-    assert plan(1 << 15, 1 << 15, "cpu").method == "whole"
-    assert plan(100, 3, "cpu").method == "whole"
+    assert plan(1 << 16, 128, "cpu").method == "many frames"
+    assert plan(1 << 14, 1 << 14, "cpu").count == 1
+    assert plan(1 << 14, 1 << 11, "cpu").count == 1
+    assert plan(1 << 16, 1 << 13, "cpu").count == 2
+    assert plan(100, 3, "cpu").count == 1
     assert plan(1 << 16, 1 << 16, "cpu").method == "partitions"
-    assert plan(1 << 17, 1 << 14, "cpu").method == "partitions"
-    assert plan(1 << 16, 128, "cuda").method == "whole"
+    assert plan(1 << 17, 1 << 16, "cpu").method == "partitions"
     assert plan(1 << 22, 1 << 22, "cpu").count == 8
-    for T, L in [(5000, 3), (5000, 250), (100_003, 8191), (100_003, 100_003)]:
-        how = plan(T, L, "cpu")
-        assert how.count * how.hop >= T
-        assert how.method != "frames" or how.size >= how.hop + L - 1
+    assert plan(1 << 16, 128, "cuda").count == 1
+    for T, L, keep in [(5000, 3, 2), (5000, 250, 0), (100_003, 8191, 8190), (60_000, 8191, 0), (100_003, 100_003, 0)]:
+        how = plan(T, L, "cpu", keep)
+        assert how.count * how.hop >= T + keep
+        assert how.method == "partitions" or how.size >= how.hop + (L if keep == 0 or how.count > 1 else 0) - 1
 
 
 def test_gradgradcheck():

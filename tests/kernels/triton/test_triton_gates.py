@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seqengine.kernels.api import long_conv
-from seqengine.kernels.conv import spectral
+from seqengine.kernels.conv import stream
 from seqengine.kernels.conv.triton_gates import cut_gated, pad_gated
 from tests.tolerances import assert_close
 
@@ -54,6 +54,6 @@ def test_the_torch_backend_of_a_gpu_is_the_definition_with_every_gradient(T, L, 
         return {"y": y, **dict(zip(leaves, wanted, strict=True))}
 
     expected = run("reference")
-    monkeypatch.setattr(spectral, "is_fused", lambda device_type: True)
+    monkeypatch.setattr(stream, "is_fused", lambda device_type: True)
     for name, actual in run("torch").items():
         assert_close(actual, expected[name], name)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from seqengine.kernels import api as kernels
 from seqengine.kernels.api import SparseSpectrum
-from seqengine.kernels.conv.op import Backend, Precision, check_filter
+from seqengine.kernels.conv.op import Backend, Precision, ShortBackend, check_filter
 from seqengine.parallel.context import SequenceContext
 from seqengine.parallel.exchange.halo import halo
 from seqengine.parallel.exchange.transpose import transpose
@@ -22,7 +22,7 @@ def short_conv(
     *,
     ctx: SequenceContext,
     activation: Literal["silu"] | None = None,
-    backend: Backend = "auto",
+    backend: ShortBackend = "auto",
 ) -> tuple[Tensor, None]:
     """`kernels.short_conv` of the joined sequence, on this rank's part.
 

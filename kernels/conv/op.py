@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seqengine.kernels.checks import check, check_floats, check_shape
-from seqengine.kernels.conv import ops, reference, short
+from seqengine.kernels.conv import causal_conv1d, ops, reference, short
 from seqengine.kernels.conv.packed import Documents
 from seqengine.kernels.conv.sparse import SparseSpectrum, sparse_conv, sparse_conv_reference
 from seqengine.kernels.environment import runs_triton
@@ -19,6 +19,8 @@ TRITON_FLOAT64_TAPS = 1024
 Backend = Literal["auto", "torch", "triton", "reference"]
 """auto: torch on every device. torch: FFT for long filters, multiply-adds for short ones. triton: kernels for CUDA tensors.
 reference: the definition."""
+ShortBackend = Literal["auto", "torch", "triton", "causal-conv1d", "reference"]
+"""Of short_conv also the package causal_conv1d: CUDA tensors, 2 to 4 taps, no state and no packing."""
 Precision = Literal["auto", "fp16", "tf32", "bf16x3", "ieee"]
 """Operands of Triton's matrix products, sums in float32. auto: fp16 for 16-bit tensors, bf16x3 for float32, else ieee."""
 
@@ -207,7 +209,7 @@ def short_conv(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    backend: Backend = "auto",
+    backend: ShortBackend = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Short depthwise causal convolution y[t] = act(bias + sum_s w[:, s] u[t - s]).
 
@@ -227,12 +229,15 @@ def short_conv(
     check_shape(name, "bias", bias, "[D]", D)
     check_floats(name, u=u, w=w, bias=bias, initial_state=initial_state)
     check(name, activation in (None, "silu"), "activation must be None or 'silu'", activation)
-    check_backend(name, backend, u)
+    if backend == "causal-conv1d":
+        causal_conv1d.check_runs(u, w, initial_state is not None or cu_seqlens is not None)
+    else:
+        check_backend(name, backend, u)
     keep = w.shape[1] - 1
     documents = None if cu_seqlens is None else Documents.of(cu_seqlens, u, name)
     rows = B if documents is None else documents.lengths.numel()
     check_shape(name, "initial_state", initial_state, "[B, D, W-1]", rows, D, keep)
-    where, silu = "triton" if backend == "triton" else "torch", activation == "silu"
+    where, silu = "torch" if backend in ("auto", "reference") else backend, activation == "silu"
     past = None if initial_state is None else initial_state.to(u.dtype)
     if documents is not None:
         return _packed_short_conv(u, w, bias, silu, past, output_final_state, documents, backend)
@@ -251,7 +256,7 @@ def _packed_short_conv(
     past: Tensor | None,
     output_final_state: bool,
     documents: Documents,
-    backend: Backend,
+    backend: ShortBackend,
 ) -> tuple[Tensor, Tensor | None]:
     """One pass over the row; with states a padded batch, whose rows each have a past."""
     keep = w.shape[1] - 1

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from seqengine.kernels.conv import causal_conv1d
+
 BLOCK_ELEMENTS = 1 << 17
 """Elements of x worked on at once: half a megabyte in float32, which stays in the second-level cache of a core."""
 
@@ -77,6 +79,8 @@ def short_conv(
         from seqengine.kernels.conv import triton_short
 
         return triton_short.short_conv_forward(x, w, bias, past, silu, positions)
+    if backend == "causal-conv1d":
+        return causal_conv1d.forward(x, w, bias, silu)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     taps, level = w.to(x.dtype), None if bias is None else bias.to(x.dtype)
     for block in _blocks(x):
@@ -103,7 +107,7 @@ def short_conv_backward(
 
     One that is not needed is empty, of shape [0]. The sums of dw and dbias are in float32, or float64 for float64.
     """
-    if backend == "triton":
+    if backend in ("triton", "causal-conv1d"):
         return _by_triton(dy, x, w, bias, past, needed, silu, positions)
     need_x, need_w, need_bias, need_past = needed
     W, T = w.shape[1], x.shape[-1]

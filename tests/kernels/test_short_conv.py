@@ -1,9 +1,13 @@
 """short_conv against its definition and against torch's Conv1d."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from seqengine.kernels.api import short_conv
+from seqengine.kernels.conv import causal_conv1d
 from seqengine.kernels.conv import short as ops
 from tests.tolerances import assert_close
 
@@ -134,3 +138,47 @@ def test_compiles_whole():
         lambda u, w, b: short_conv(u, w, b, activation="silu")[0], fullgraph=True, backend="aot_eager"
     )
     assert_close(compiled(a["u"], a["w"], a["bias"]), short_conv(a["u"], a["w"], a["bias"], activation="silu")[0])
+
+
+def stand_in(monkeypatch, version="1.5.2"):
+    """A package causal_conv1d that computes the definition, taps in conv1d order."""
+    calls = []
+
+    def causal_conv1d_fn(x, weight, bias=None, activation=None):
+        calls.append((weight, bias, activation))
+        return short_conv(x, weight.flip(1), bias, activation=activation, backend="reference")[0]
+
+    package = SimpleNamespace(__version__=version, causal_conv1d_fn=causal_conv1d_fn)
+    monkeypatch.setitem(sys.modules, "causal_conv1d", package)
+    return calls
+
+
+def test_the_causal_conv1d_package_gets_its_order_of_taps(monkeypatch):
+    a = tensors(2, 3, 9, 4)
+    calls = stand_in(monkeypatch)
+    y = ops.short_conv(a["u"], a["w"], a["bias"], None, True, None, "causal-conv1d")
+    expected, _ = short_conv(a["u"], a["w"], a["bias"], activation="silu", backend="reference")
+    assert_close(y, expected)
+    assert torch.equal(calls[0][0], a["w"].flip(1))
+    assert calls[0][2] == "silu"
+
+
+@pytest.mark.parametrize("version", ["1.3.9", "2.0.0", "0.9"])
+def test_other_versions_of_the_package_are_refused(version, monkeypatch):
+    stand_in(monkeypatch, version)
+    with pytest.raises(ValueError, match=f"needs causal_conv1d >= 1.4, < 2.*got {version}"):
+        causal_conv1d.load()
+
+
+def test_the_package_is_refused_where_it_cannot_run(monkeypatch):
+    monkeypatch.setitem(sys.modules, "causal_conv1d", None)
+    with pytest.raises(ValueError, match="pip install seqengine-train"):
+        causal_conv1d.load()
+    stand_in(monkeypatch)
+    with pytest.raises(ValueError, match="'causal-conv1d' needs u on a CUDA device"):
+        short_conv(torch.zeros(1, 2, 3), torch.zeros(2, 3), backend="causal-conv1d")
+    cuda = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, element_size=lambda: 4)
+    with pytest.raises(ValueError, match="2 to 4 taps"):
+        causal_conv1d.check_runs(cuda, torch.zeros(2, 5), False)
+    with pytest.raises(ValueError, match="takes no initial_state"):
+        causal_conv1d.check_runs(cuda, torch.zeros(2, 4), True)

@@ -5,6 +5,7 @@ from seqengine.kernels.conv.sparse import SparseSpectrum
 from seqengine.kernels.loss.op import linear_cross_entropy
 from seqengine.kernels.modal.op import modal_conv, modal_filter
 from seqengine.kernels.monarch.op import MonarchFactors, dft_factors, inverse_dft_factors, monarch_conv
+from seqengine.kernels.rnn.op import rnn
 
 __all__ = [
     "MonarchFactors",
@@ -17,5 +18,6 @@ __all__ = [
     "modal_conv",
     "modal_filter",
     "monarch_conv",
+    "rnn",
     "short_conv",
 ]

@@ -2,6 +2,7 @@
 
 from seqengine.kernels.conv.op import long_conv, long_conv_bidirectional, short_conv
 from seqengine.kernels.conv.sparse import SparseSpectrum
+from seqengine.kernels.linear_attention.op import gla, simple_gla
 from seqengine.kernels.loss.op import linear_cross_entropy
 from seqengine.kernels.modal.op import modal_conv, modal_filter
 from seqengine.kernels.monarch.op import MonarchFactors, dft_factors, inverse_dft_factors, monarch_conv
@@ -11,6 +12,7 @@ __all__ = [
     "MonarchFactors",
     "SparseSpectrum",
     "dft_factors",
+    "gla",
     "inverse_dft_factors",
     "linear_cross_entropy",
     "long_conv",
@@ -20,4 +22,5 @@ __all__ = [
     "monarch_conv",
     "rnn",
     "short_conv",
+    "simple_gla",
 ]

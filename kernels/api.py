@@ -1,5 +1,6 @@
 """The public kernels, and nothing else. Local maths on one device's tensors: no process group, no config, no model."""
 
+from seqengine.kernels.attention.op import attention, merge_attention
 from seqengine.kernels.conv.op import long_conv, long_conv_bidirectional, short_conv
 from seqengine.kernels.conv.sparse import SparseSpectrum
 from seqengine.kernels.linear_attention.op import gla, simple_gla
@@ -11,12 +12,14 @@ from seqengine.kernels.rnn.op import rnn
 __all__ = [
     "MonarchFactors",
     "SparseSpectrum",
+    "attention",
     "dft_factors",
     "gla",
     "inverse_dft_factors",
     "linear_cross_entropy",
     "long_conv",
     "long_conv_bidirectional",
+    "merge_attention",
     "modal_conv",
     "modal_filter",
     "monarch_conv",

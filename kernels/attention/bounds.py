@@ -1,0 +1,45 @@
+"""Which keys a query sees. Causality, windows and documents all leave one interval per query: [first, stop).
+
+Query t stands at position p = t + S - T, so that the last query and the last key share a position. It sees key s if
+
+    s <= p                  causal
+    p - window < s          with a window; not causal: |p - s| < window
+    s in the document of t  with cu_seqlens (then T = S)
+
+Both ends never fall as t grows. So a block of queries sees one interval of keys, and only its ends need a mask.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from seqengine.kernels.checks import check
+
+
+def key_intervals(
+    T: int, S: int, causal: bool, window: int | None, cu_seqlens: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(first, stop), int64 [T]: query t sees the keys first[t] <= s < stop[t]. first == stop if it sees none."""
+    tokens = torch.arange(T, device=device)
+    position = tokens + (S - T)
+    if cu_seqlens is None:
+        start, end = torch.zeros_like(tokens), torch.full_like(tokens, S)
+    else:
+        ends = cu_seqlens.to(device=device, dtype=torch.int64)
+        document = torch.searchsorted(ends, tokens, right=True) - 1
+        start, end = ends[document], ends[document + 1]
+    low = start if window is None else torch.maximum(start, position - (window - 1))
+    high = end
+    if causal:
+        high = torch.minimum(end, position + 1)
+    elif window is not None:
+        high = torch.minimum(end, position + window)
+    return low, torch.maximum(low, high)
+
+
+def check_documents(name: str, cu_seqlens: Tensor, T: int) -> None:
+    """ValueError unless the boundaries ascend from 0 to T."""
+    ends: list[int] = cu_seqlens.tolist()
+    ascend = all(a <= b for a, b in pairwise(ends))
+    check(name, ascend and ends[0] == 0 and ends[-1] == T, "cu_seqlens must ascend from 0 to T={}", ends, T)

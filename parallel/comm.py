@@ -89,12 +89,43 @@ def send_and_receive(
     operation: str,
 ) -> None:
     """Point-to-point messages in one batch; peers are ranks of the group; receives are filled in place."""
+    for work in start_send_and_receive(sends, receives, group, ledger, operation):
+        work.wait()
+
+
+def start_send_and_receive(
+    sends: Sequence[tuple[int, Tensor]],
+    receives: Sequence[tuple[int, Tensor]],
+    group: dist.ProcessGroup,
+    ledger: Ledger,
+    operation: str,
+) -> list[dist.Work]:
+    """`send_and_receive` under way: the caller keeps the tensors, and waits for all of the works."""
     operations = [dist.P2POp(dist.isend, t, group=group, group_peer=peer) for peer, t in sends]
     operations += [dist.P2POp(dist.irecv, t, group=group, group_peer=peer) for peer, t in receives]
-    if operations:
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
+    works = list(dist.batch_isend_irecv(operations)) if operations else []
     ledger.record(operation, sum(t.nbytes for _, t in sends), len(sends))
+    return works
+
+
+def start_all_gather(
+    x: Tensor, group: dist.ProcessGroup, ledger: Ledger, operation: str
+) -> tuple[list[Tensor], list[dist.Work]]:
+    """x of every rank, in the order of ranks, once the works are done. Counted as x to each of the P - 1 others."""
+    everyone = [torch.empty_like(x) for _ in range(group.size())]
+    work = dist.all_gather(everyone, x, group=group, async_op=True)
+    ledger.record(operation, x.nbytes * (group.size() - 1), group.size() - 1)
+    return everyone, [work]
+
+
+def start_broadcast(
+    x: Tensor, source: int, group: dist.ProcessGroup, ledger: Ledger, operation: str
+) -> list[dist.Work]:
+    """x of rank `source` to all, in place. Counted at the source, as x to each of the P - 1 others."""
+    work = dist.broadcast(x, group=group, group_src=source, async_op=True)
+    peers = group.size() - 1 if group.rank() == source else 0
+    ledger.record(operation, x.nbytes * peers, peers)
+    return [work]
 
 
 def all_reduce_sum(x: Tensor, group: dist.ProcessGroup | None, ledger: Ledger | None = None) -> Tensor:

@@ -3,6 +3,8 @@
 from seqengine.kernels.attention.op import attention, merge_attention
 from seqengine.kernels.conv.op import long_conv, long_conv_bidirectional, short_conv
 from seqengine.kernels.conv.sparse import SparseSpectrum
+from seqengine.kernels.delta_rule.op import delta_rule
+from seqengine.kernels.delta_rule.summary import delta_summary
 from seqengine.kernels.linear_attention.op import gla, simple_gla
 from seqengine.kernels.loss.op import linear_cross_entropy
 from seqengine.kernels.modal.op import modal_conv, modal_filter
@@ -13,6 +15,8 @@ __all__ = [
     "MonarchFactors",
     "SparseSpectrum",
     "attention",
+    "delta_rule",
+    "delta_summary",
     "dft_factors",
     "gla",
     "inverse_dft_factors",

@@ -108,6 +108,11 @@ def start_send_and_receive(
     return works
 
 
+def start_receive(x: Tensor, source: int, group: dist.ProcessGroup) -> list[dist.Work]:
+    """x from rank `source`, in place, once the works are done. Recorded by the sender alone."""
+    return list(dist.batch_isend_irecv([dist.P2POp(dist.irecv, x, group=group, group_peer=source)]))
+
+
 def start_all_gather(
     x: Tensor, group: dist.ProcessGroup, ledger: Ledger, operation: str
 ) -> tuple[list[Tensor], list[dist.Work]]:

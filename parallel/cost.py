@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from seqengine.parallel.layout import halo_sources, halo_targets, split_sizes
 
@@ -227,3 +228,135 @@ def modal_conv_groups(
     exchange = scan_seconds(num_ranks, algorithm, state_bytes, node_size=node_size)
     copies = 2 * shard_bytes / MEMORY_BYTES_PER_SECOND.get(device, 1e10)
     return 2 if exchange > GROUP_SECONDS + copies else 1
+
+
+def holders(bounds: Sequence[int]) -> list[int]:
+    """Ranks that hold tokens, ascending."""
+    return [rank for rank in range(len(bounds) - 1) if bounds[rank + 1] > bounds[rank]]
+
+
+def _pipeline_sends(order: Sequence[int], num_ranks: int, rank: int, spreads: bool) -> int:
+    """States that a rank sends along a line of ranks, the last of which may send to all others."""
+    if num_ranks == 1 or rank not in order:
+        return 0
+    if rank != order[-1]:
+        return 1
+    return num_ranks - 1 if spreads else 0
+
+
+def pipeline_bytes(bounds: Sequence[int], rank: int, state_bytes: int, *, output_final: bool = False) -> int:
+    """Forward of `pipeline`. state_bytes: the state of the whole batch; in how many micro-batches it goes does not matter."""
+    return _pipeline_sends(holders(bounds), len(bounds) - 1, rank, output_final) * state_bytes
+
+
+def pipeline_backward_bytes(
+    bounds: Sequence[int], rank: int, state_bytes: int, *, initial_gradient: bool = False
+) -> int:
+    """Backward of `pipeline`: the way back, and the gradient of the initial state to all if it requires one."""
+    return _pipeline_sends(holders(bounds)[::-1], len(bounds) - 1, rank, initial_gradient) * state_bytes
+
+
+def pipeline_seconds(num_ranks: int, micro_batches: int, step_seconds: float, message_seconds: float = 0.0) -> float:
+    """Modelled time of one `pipeline` of equal shards; step_seconds: one micro-batch on one rank."""
+    return (num_ranks - 1 + micro_batches) * (step_seconds + message_seconds)
+
+
+RNN_TOKEN_SECONDS = 6e-5
+"""Measured on a CPU, assumed for a GPU: the calls of one token of a recurrent cell, whatever its size."""
+RNN_FLOPS_PER_SECOND = {"cpu": 1.5e10, "cuda": 2e13}
+"""Measured on one CPU thread, assumed for a GPU: products of a few rows with the recurrent weights."""
+
+
+def rnn_micro_batches(
+    num_ranks: int, batch: int, tokens: int, weights: int, state_bytes: int, device: str, link: Link = ACROSS_NODES
+) -> int:
+    """Micro-batches of `rnn`: the shortest modelled time, and of equal ones the fewest.
+
+    num_ranks: those with tokens; tokens: of one of them; weights: numbers of the recurrent weights, read once a token whatever
+    the number of samples. A small batch is not worth cutting: one token of two samples takes hardly longer than of one.
+    """
+
+    def seconds(micro_batches: int) -> float:
+        samples = -(-batch // micro_batches)
+        read = 4 * weights / MEMORY_BYTES_PER_SECOND.get(device, 1e10)
+        products = 2 * weights * samples / RNN_FLOPS_PER_SECOND.get(device, 1.5e10)
+        message = link.seconds(state_bytes / micro_batches)
+        return pipeline_seconds(num_ranks, micro_batches, tokens * (RNN_TOKEN_SECONDS + max(read, products)), message)
+
+    return min(range(1, max(1, batch) + 1), key=seconds)
+
+
+def ring_bytes(sizes: Sequence[int], spans: Sequence[tuple[int, int]], index: int, row_bytes: int) -> int:
+    """Forward of `ring` at one member of a `Route` with these sizes and spans. row_bytes: one token of all blocks."""
+    held = ((index - step) % len(sizes) for step in range(len(sizes)))
+    return sum(sizes[source] * row_bytes for step, source in enumerate(held) if step < spans[source][1])
+
+
+def ring_backward_bytes(
+    sizes: Sequence[int],
+    spans: Sequence[tuple[int, int]],
+    index: int,
+    row_bytes: int,
+    gradient_row_bytes: int,
+    travels: bool = True,
+) -> int:
+    """Its backward: the blocks once more, if the operator needs them there, and their gradients, on or home."""
+    held = list(enumerate((index - step) % len(sizes) for step in range(len(sizes))))
+    gradients = sum(sizes[j] * gradient_row_bytes for s, j in held if s > 0 and spans[j][0] <= s <= spans[j][1])
+    return gradients + (ring_bytes(sizes, spans, index, row_bytes) if travels else 0)
+
+
+def gla_bytes(
+    bounds: Sequence[int],
+    rank: int,
+    algorithm: str,
+    state_bytes: int,
+    transition_bytes: int = 0,
+    *,
+    output_final: bool = False,
+    node_size: int | None = None,
+    documents: Sequence[int] | None = None,
+) -> int:
+    """Forward of `gla` and `simple_gla`: a scan; with documents (cu_seqlens) also the final states of those that end here.
+
+    state_bytes: of one sequence, or B of them without documents. transition_bytes: of its log decays; without documents
+    g [H] and None have none to send.
+    """
+    num_ranks, is_packed = len(bounds) - 1, documents is not None
+    sent = scan_bytes(
+        num_ranks,
+        rank,
+        algorithm,
+        state_bytes,
+        transition_bytes,
+        output_final=output_final and not is_packed,
+        node_size=node_size,
+    )
+    ends = sum(bounds[rank] < b <= bounds[rank + 1] for a, b in pairwise(documents or []) if a < b)
+    return sent + (ends * (num_ranks - 1) * state_bytes if output_final else 0)
+
+
+def gla_backward_bytes(
+    bounds: Sequence[int],
+    rank: int,
+    algorithm: str,
+    state_bytes: int,
+    transition_bytes: int = 0,
+    *,
+    initial_gradient: bool = False,
+    node_size: int | None = None,
+    documents: Sequence[int] | None = None,
+) -> int:
+    """Their backward: a scan the other way; with documents also the initial states' gradients of those that begin here."""
+    num_ranks, is_packed = len(bounds) - 1, documents is not None
+    sent = scan_backward_bytes(
+        num_ranks,
+        rank,
+        algorithm,
+        state_bytes,
+        transition_bytes,
+        initial_gradient=initial_gradient and not is_packed,
+        node_size=node_size,
+    )
+    starts = sum(bounds[rank] <= a < bounds[rank + 1] for a, b in pairwise(documents or []) if a < b)
+    return sent + (starts * (num_ranks - 1) * state_bytes if initial_gradient else 0)

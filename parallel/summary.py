@@ -44,6 +44,12 @@ def _sum(x: Tensor, dims: list[int]) -> Tensor:
     return x.sum(dim=dims, dtype=torch.complex128 if x.is_complex() else torch.float64) if dims else x
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in the precision of states, under autocast too."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
 @dataclass(frozen=True, eq=False)
 class Transition(ABC):
     """The linear part A of a map. `value` is the one tensor that it depends on, and that gets a gradient."""
@@ -136,13 +142,13 @@ class Dense(Transition):
     """A = value [..., K, K], multiplied from the left with states [..., K, V]: the delta rules."""
 
     def apply(self, state: Tensor) -> Tensor:
-        return self.value @ state
+        return _product(self.value, state)
 
     def then(self, later: Self) -> Self:
-        return replace(self, value=later.value @ self.value)
+        return replace(self, value=_product(later.value, self.value))
 
     def gradient(self, before: Tensor, d_after: Tensor) -> Tensor:
-        return d_after @ before.mH
+        return _product(d_after, before.mH)
 
     def fits(self, state: Tensor) -> bool:
         K = state.shape[-2] if state.ndim >= 2 else -1

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from seqengine.kernels.checks import check, check_floats, check_shape
-from seqengine.kernels.linear_attention import ops, reference
+from seqengine.kernels.environment import runs_triton
+from seqengine.kernels.linear_attention import fla, ops, reference
 from seqengine.kernels.linear_attention.chunked import compute_dtype
 from seqengine.kernels.linear_attention.layout import check_bounds
 
-Backend = Literal["auto", "torch", "reference"]
-"""auto: torch on every device. torch: chunks by matrix products. reference: the recurrence, token by token."""
+Backend = Literal["auto", "torch", "triton", "fla", "reference"]
+"""auto: torch on every device. torch: chunks by matrix products. triton: kernels for CUDA tensors. fla: the package fla-core,
+on CUDA. reference: the recurrence, token by token."""
 NormalizedState = tuple[Tensor, Tensor]
 """S [B, H, K, V] and its normaliser z [B, H, K]."""
 
@@ -20,12 +22,20 @@ NormalizedState = tuple[Tensor, Tensor]
 def _check_call(
     name: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, backend: str
 ) -> None:
-    check(name, backend in ("auto", "torch", "reference"), "backend must be 'auto', 'torch' or 'reference'", backend)
+    known = ("auto", "torch", "triton", "fla", "reference")
+    check(name, backend in known, "backend must be 'auto', 'torch', 'triton', 'fla' or 'reference'", backend)
     check(name, q.ndim == 4 and q.shape[3] >= 1, "q must be [B, T, H, K], K >= 1", q.shape)
     check_shape(name, "k", k, "[B, T, H, K]", *q.shape)
     check(name, v.ndim == 4 and v.shape[3] >= 1, "v must be [B, T, H, V], V >= 1", v.shape)
     check(name, v.shape[:3] == q.shape[:3], "v [B, T, H, V] must have B, T, H = {}", v.shape, tuple(q.shape[:3]))
     check_floats(name, q=q, k=k, v=v, g=g)
+    if backend == "triton":
+        must = "backend 'triton' needs Triton and q on a CUDA device (or TRITON_INTERPRET=1 when Triton is imported)"
+        check(name, runs_triton(q.device.type), must, q.device)
+        alike = q.dtype == k.dtype == v.dtype or torch.float64 not in (q.dtype, k.dtype, v.dtype)
+        check(name, alike, "backend 'triton' needs q, k and v all in float64, or none", (q.dtype, k.dtype, v.dtype))
+    elif backend == "fla":
+        fla.check_runs(name, q, k, v)
     if cu_seqlens is not None:
         is_vector = cu_seqlens.ndim == 1 and cu_seqlens.shape[0] >= 2 and not cu_seqlens.is_floating_point()
         check(name, is_vector, "cu_seqlens must be integers [N + 1], N >= 1", (cu_seqlens.dtype, *cu_seqlens.shape))
@@ -67,7 +77,7 @@ def gla(
               allowed; states are [N, H, K, V]. Costs at most one partly filled chunk a sequence.
     Exact to: reference.gla within 1e-12 relative in float64, every gradient included, for gates from 0 to -inf in any mixture;
               the gradient at a gate of -inf is 0.
-    Raises:   ValueError if shapes, dtypes or devices do not fit, or the backend is unknown.
+    Raises:   ValueError if shapes, dtypes or devices do not fit, or the backend is unknown or cannot run here.
     References: Yang et al. 2023, arXiv:2312.06635.
     """
     name = "gla"
@@ -101,7 +111,7 @@ def simple_gla(
               cancel, and raises. q_t z_t must not be 0: take positive q and k.
     Dtypes, Memory, State, Packed: as in `gla`. g [H] keeps no gate for each token, unless there is cu_seqlens.
     Exact to: reference.simple_gla within 1e-12 relative in float64, as in `gla`.
-    Raises:   ValueError if shapes, dtypes or devices do not fit, or the backend is unknown.
+    Raises:   ValueError if shapes, dtypes or devices do not fit, or the backend is unknown or cannot run here.
     References: Katharopoulos et al. 2020, arXiv:2006.16236; RetNet, Sun et al. 2023, arXiv:2307.08621; Mamba-2, Dao and
               Gu 2024, arXiv:2405.21060.
     """
@@ -164,7 +174,7 @@ def _run(
         return _one_token(q, k, v, g, scale, initial)
     if cu_seqlens is not None and g is not None and g.ndim == 1:
         g = g.expand(q.shape[:3])
-    o, final, _ = ops.gla(q, k, v, g, scale, initial, cu_seqlens)
+    o, final, _ = ops.gla(q, k, v, g, scale, initial, cu_seqlens, backend if backend in ("triton", "fla") else "torch")
     return o, final
 
 

@@ -5,25 +5,45 @@
 
 g is [B, T, H, K], [B, T, H], [H] or None. The backward of gla is gla_backward, computed by hand. The derivative of
 gla_backward is taken by torch, of `composed.gla`; so is any higher one.
+
+backend: "torch" (chunked.py), "triton" or "fla"; the last two keep no states and share the backward, which computes them again.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from seqengine.kernels.linear_attention import chunked, composed
+from seqengine.kernels.linear_attention import chunked, composed, fla
+from seqengine.kernels.linear_attention.layout import check_bounds
 
 
 def _name(g: Tensor | None) -> str:
     return "gla" if g is not None and g.ndim == 4 else "simple_gla"
 
 
+def _precision(q: Tensor) -> Literal["ieee", "tf32"]:
+    """Of Triton's products: TF32 loses nothing that 16-bit inputs have."""
+    return "tf32" if q.element_size() == 2 else "ieee"
+
+
 @torch.library.custom_op("seqengine::gla", mutates_args=())
 def gla(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, initial: Tensor | None, bounds: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float,
+    initial: Tensor | None,
+    bounds: Tensor | None,
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o [B, T, H, V], final states, and the state before each segment, which only the backward reads. T >= 1."""
+    if backend != "torch":
+        if bounds is not None:
+            check_bounds(_name(g), bounds, q.shape[1])
+        o, final = _forward_on_gpu(q, k, v, g, scale, initial, bounds, backend)
+        return o, final, final.new_empty(0)
     return chunked.forward(q, k, v, g, scale, initial, bounds, _name(g))
 
 
@@ -39,9 +59,59 @@ def gla_backward(
     initial: Tensor | None,
     starts: Tensor,
     bounds: Tensor | None,
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g ([0] if there is none) and the initial states."""
+    if backend != "torch":
+        return _backward_by_triton(do, d_final, q, k, v, g, scale, initial, bounds)
     return chunked.backward(do, d_final, q, k, v, g, scale, initial, starts, bounds, _name(g))
+
+
+def _forward_on_gpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float,
+    initial: Tensor | None,
+    bounds: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    if backend == "fla":
+        return fla.forward(q, k, v, g, scale, initial, bounds)
+    with torch.cuda.device_of(q):
+        if g is not None and g.ndim == 4:
+            from seqengine.kernels.linear_attention.triton_gla import gla_forward
+
+            return gla_forward(q, k, v, g, scale, initial, bounds, _precision(q))
+        from seqengine.kernels.linear_attention.triton_simple_gla import simple_gla_forward
+
+        return simple_gla_forward(q, k, v, g, scale, initial, bounds, _precision(q))
+
+
+def _backward_by_triton(
+    do: Tensor,
+    d_final: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float,
+    initial: Tensor | None,
+    bounds: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dg: Tensor | None
+    with torch.cuda.device_of(q):
+        if g is not None and g.ndim == 4:
+            from seqengine.kernels.linear_attention.triton_gla_backward import gla_backward as by_triton
+
+            dq, dk, dv, dg, d_initial = by_triton(do, d_final, q, k, v, g, scale, initial, bounds, _precision(q))
+        else:
+            from seqengine.kernels.linear_attention.triton_simple_gla import simple_gla_backward
+
+            found = simple_gla_backward(do, d_final, q, k, v, g, scale, initial, bounds, _precision(q))
+            dq, dk, dv, dg, d_initial = found
+    return dq, dk, dv, q.new_empty(0) if dg is None else dg, d_initial.to(d_final.dtype)
 
 
 def _states_shape(q: Tensor, v: Tensor, bounds: Tensor | None) -> tuple[int, int, int, int]:
@@ -50,15 +120,22 @@ def _states_shape(q: Tensor, v: Tensor, bounds: Tensor | None) -> tuple[int, int
 
 @gla.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, initial: Tensor | None, bounds: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float,
+    initial: Tensor | None,
+    bounds: Tensor | None,
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = chunked.compute_dtype(q, k, v, g, initial)
-    segments = chunked.plan_of(q, v, bounds).segments
     B, _, H, K = q.shape
+    kept = (chunked.plan_of(q, v, bounds).segments, B, H, K, v.shape[-1]) if backend == "torch" else (0,)
     return (
         torch.empty(v.shape, dtype=v.dtype, device=v.device),
         torch.empty(_states_shape(q, v, bounds), dtype=dtype, device=v.device),
-        torch.empty((segments, B, H, K, v.shape[-1]), dtype=dtype, device=v.device),
+        torch.empty(kept, dtype=dtype, device=v.device),
     )
 
 
@@ -74,6 +151,7 @@ def _(
     initial: Tensor | None,
     starts: Tensor,
     bounds: Tensor | None,
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     dg = q.new_empty(0) if g is None else torch.empty(g.shape, dtype=g.dtype, device=g.device)
@@ -81,7 +159,7 @@ def _(
 
 
 def _save_for_gla(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, g, scale, initial, bounds = inputs
+    q, k, v, g, scale, initial, bounds, ctx.backend = inputs
     ctx.save_for_backward(q, k, v, g, initial, output[2], bounds)
     ctx.scale = scale
     ctx.final = (output[1].shape, output[1].dtype)
@@ -94,12 +172,13 @@ def _differentiate_gla(ctx: Any, do: Tensor | None, d_final: Tensor | None, _: T
         do = torch.zeros_like(v)
     if d_final is None:
         d_final = torch.zeros(ctx.final[0], dtype=ctx.final[1], device=q.device)
-    dq, dk, dv, dg, d_initial = gla_backward(do, d_final, q, k, v, g, ctx.scale, initial, starts, bounds)
-    return dq, dk, dv, None if g is None else dg, None, None if initial is None else d_initial.to(initial.dtype), None
+    dq, dk, dv, dg, d_initial = gla_backward(do, d_final, q, k, v, g, ctx.scale, initial, starts, bounds, ctx.backend)
+    dg_or_none, d_state = None if g is None else dg, None if initial is None else d_initial.to(initial.dtype)
+    return dq, dk, dv, dg_or_none, None, d_state, None, None
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    do, d_final, q, k, v, g, scale, initial, _, bounds = inputs
+    do, d_final, q, k, v, g, scale, initial, _, bounds, _ = inputs
     ctx.save_for_backward(do, d_final, q, k, v, g, initial, bounds)
     ctx.scale = scale
     ctx.set_materialize_grads(False)
@@ -113,7 +192,7 @@ def _fresh(x: Tensor) -> Tensor:
 def _differentiate_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
     """Of gla_backward, by writing it as the gradient of composed.gla. `starts` follows from the other arguments."""
     if all(c is None for c in cotangents):
-        return (None,) * 10
+        return (None,) * 11
     *needed, g, initial, bounds = ctx.saved_tensors
     keep_graph = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(needed[0].device.type, enabled=False):
@@ -135,7 +214,7 @@ def _differentiate_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tenso
     d_do, d_d_final, dq, dk, dv, dg, d_initial = (
         None if x is None else next(by_leaf) for x in (do, d_final, q, k, v, g, initial)
     )
-    return d_do, d_d_final, dq, dk, dv, dg, None, d_initial, None, None
+    return d_do, d_d_final, dq, dk, dv, dg, None, d_initial, None, None, None
 
 
 gla.register_autograd(_differentiate_gla, setup_context=_save_for_gla)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from seqengine.parallel.layout import halo_sources, halo_targets, split_sizes
 
@@ -32,6 +33,12 @@ def to_tokens_bytes(bounds: Sequence[int], rank: int, channels: int, element_byt
     tokens = bounds[rank + 1] - bounds[rank]
     mine = split_sizes(channels, len(bounds) - 1)[rank]
     return (bounds[-1] - tokens) * mine * element_bytes
+
+
+def long_conv_algorithm(bounds: Sequence[int], taps: int) -> Literal["halo", "transpose"]:
+    """The one that sends less: a halo of taps - 1 positions a rank, or two tensors of which (P - 1) / P leave each rank."""
+    P, total = len(bounds) - 1, bounds[-1]
+    return "halo" if (taps - 1) * P * P < 2 * (P - 1) * total else "transpose"
 
 
 def long_conv_bytes(bounds: Sequence[int], rank: int, channels: int, element_bytes: int) -> int:

@@ -49,6 +49,7 @@ def long_whole(T, L, filters, dtype):
 
 
 def long_rank(group, cut, T, L, filters, dtype, made=False):
+    """By the transpose of channels and tokens."""
     ctx = SequenceContext.create(group, cut[group.rank()])
     ctx.ledger().clear()
     a = conv_tensors(T, L, filters, dtype)
@@ -60,8 +61,9 @@ def long_rank(group, cut, T, L, filters, dtype, made=False):
         return a["k"][channels]
 
     y, state = parallel.long_conv(
-        a["u"], make if made else a["k"], ctx=ctx, skip=a["skip"], pre_gate=a["pre_gate"], post_gate=a["post_gate"]
-    )
+        a["u"], make if made else a["k"], ctx=ctx, skip=a["skip"], pre_gate=a["pre_gate"], post_gate=a["post_gate"],
+        algorithm="transpose",
+    )  # fmt: skip
     assert state is None
     forward = ctx.ledger().sent_bytes()
     (y * ctx.split(randn(2, 4, T, seed=9, dtype=dtype), 2)).sum().backward()
@@ -97,6 +99,82 @@ def test_long_conv_makes_only_this_ranks_filters(P):
     results = run_ranks(P, long_rank, cut, sum(cut), 7, "shared", torch.float64, True)
     assert_close(sum(r["d_k"] if r["d_k"] is not None else torch.zeros(4, 7) for r in results), expected["d_k"])
     assert sum(sum(r["made"]) for r in results) == 4
+
+
+def state_tensors(T, L):
+    a = conv_tensors(T, L, "grouped", torch.float64)
+    return {**a, "initial_state": randn(2, 4, L - 1, seed=7)}
+
+
+def states_whole(T, L):
+    a = leaves(state_tensors(T, L))
+    y, final = kernels.long_conv(**a, output_final_state=True)
+    (y * randn(2, 4, T, seed=9)).sum().backward(retain_graph=True)
+    (final * randn(2, 4, L - 1, seed=8)).sum().backward()
+    return {"y": y.detach(), "final": final.detach(), **{f"d_{n}": t.grad for n, t in a.items()}}
+
+
+def states_rank(group, cut, T, L, algorithm):
+    ctx = SequenceContext.create(group, cut[group.rank()])
+    a = leaves({n: ctx.split(t, 2) if n in SHARDED else t for n, t in state_tensors(T, L).items()})
+    ctx.ledger().clear()
+    y, final = parallel.long_conv(**a, ctx=ctx, output_final_state=True, algorithm=algorithm)
+    if algorithm == "halo" and ctx.size > 1:
+        assert ctx.ledger().sent_bytes("halo") == cost.halo_bytes(ctx.bounds, ctx.rank, L - 1, 2 * 4 * 8)
+    whole = (y * ctx.split(randn(2, 4, T, seed=9), 2)).sum() + (final * randn(2, 4, L - 1, seed=8)).sum()
+    whole.backward()
+    return {"y": y.detach(), "final": final.detach(), **{f"d_{n}": t.grad for n, t in a.items()}}
+
+
+@ALL
+@pytest.mark.parametrize(
+    ("L", "algorithm"), [(1, "halo"), (4, "halo"), (20, "halo"), (4, "transpose"), (20, "transpose")]
+)
+def test_long_conv_with_states(cut, L, algorithm):
+    T = sum(cut)
+    expected = states_whole(T, L)
+    results = run_ranks(len(cut), states_rank, cut, T, L, algorithm)
+    for name, value in expected.items():
+        parts = [r[name] for r in results]
+        if name in ("final", "d_initial_state"):  # the same on every rank
+            for part in parts:
+                assert_close(part, value, name)
+            continue
+        is_sharded = name == "y" or name.removeprefix("d_") in SHARDED
+        assert_close(torch.cat(parts, dim=2) if is_sharded else sum(parts), value, name)
+
+
+def test_a_short_filter_takes_the_halo_and_a_long_one_the_transpose():
+    bounds = (0, 1000, 2000, 3000, 4000)
+    assert cost.long_conv_algorithm(bounds, 128) == "halo"
+    assert cost.long_conv_algorithm(bounds, 1501) == "transpose"
+    assert cost.long_conv_algorithm(bounds, 4000) == "transpose"
+
+
+def short_states_rank(group, cut, T, W):
+    ctx = SequenceContext.create(group, cut[group.rank()])
+    a = short_tensors(T, W)
+    a = leaves(
+        {n: ctx.split(t, 2) if n == "u" else t for n, t in {**a, "initial_state": randn(2, 3, W - 1, seed=5)}.items()}
+    )
+    y, final = parallel.short_conv(**a, ctx=ctx, activation="silu", output_final_state=True)
+    ((y * ctx.split(randn(2, 3, T, seed=9), 2)).sum() + (final**2).sum()).backward()
+    return {"y": y.detach(), "final": final.detach(), "d_u": a["u"].grad, "d_state": a["initial_state"].grad}
+
+
+@pytest.mark.parametrize("P", [1, 3, 8])
+@pytest.mark.parametrize("W", [2, 12])
+def test_short_conv_with_states(P, W):
+    cut, T = CUTS[P], sum(CUTS[P])
+    a = leaves({**short_tensors(T, W), "initial_state": randn(2, 3, W - 1, seed=5)})
+    y, final = kernels.short_conv(**a, activation="silu", output_final_state=True)
+    ((y * randn(2, 3, T, seed=9)).sum() + (final**2).sum()).backward()
+    results = run_ranks(P, short_states_rank, cut, T, W)
+    assert_close(torch.cat([r["y"] for r in results], 2), y)
+    assert_close(torch.cat([r["d_u"] for r in results], 2), a["u"].grad)
+    for r in results:
+        assert_close(r["final"], final)
+        assert_close(r["d_state"], a["initial_state"].grad)
 
 
 def short_tensors(T, W):

@@ -34,7 +34,7 @@ from seqengine.kernels.linear_attention.triton_states import (
 BLOCK = 16
 """Tokens of a block inside a chunk."""
 SCORE_BLOCKS = {"ieee": Blocks(64, 0, 4), "tf32": Blocks(64, 0, 4), "float64": Blocks(32, 0, 4)}
-OUTPUT_BLOCKS = {"ieee": Blocks(64, 64, 8), "tf32": Blocks(32, 64, 8), "float64": Blocks(32, 32, 4)}
+OUTPUT_BLOCKS = {"ieee": Blocks(32, 64, 8), "tf32": Blocks(32, 64, 8), "float64": Blocks(32, 32, 4)}
 
 
 @triton.jit

@@ -28,7 +28,7 @@ One CPU thread, H = 8, K = 64, float32, T = 1024 to 8192: torch takes 1.4 to 1.7
 times with the backward, the reference 7 to 9 and 4 to 6 times."""
 
 
-def _check_tensors(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_tensors(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     check(name, q.ndim == 4, "q must be [B, T, H, K]", q.shape)
     B, _, H, K = q.shape
     check(name, K >= 1 and H >= 1, "q [B, T, H, K] must have H, K >= 1", q.shape)
@@ -43,7 +43,7 @@ def _check_tensors(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         check(name, x.dtype == q.dtype, "{} must have q's dtype {}", x.dtype, what, q.dtype)
 
 
-def _check_options(
+def check_options(
     name: str, q: Tensor, k: Tensor, causal: bool, window: int | None, scale: float | None, cu_seqlens: Tensor | None
 ) -> None:
     check(name, isinstance(causal, bool), "causal must be a bool", causal)
@@ -77,7 +77,7 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, plain: bool, return_lse: bool) -> s
     return "sdpa" if has_kernel and q.numel() > 0 and k.numel() > 0 else "torch"
 
 
-def _check_runs(name: str, backend: str, q: Tensor, k: Tensor, v: Tensor, plain: bool, return_lse: bool) -> None:
+def check_runs(name: str, backend: str, q: Tensor, k: Tensor, v: Tensor, plain: bool, return_lse: bool) -> None:
     """ValueError if an explicit backend cannot do this here."""
     where = q.device.type
     if backend == "sdpa":
@@ -167,14 +167,14 @@ def attention(
     """
     name = "attention"
     check(name, backend in KNOWN, "backend must be one of {}", backend, ", ".join(map(repr, KNOWN)))
-    _check_tensors(name, q, k, v)
-    _check_options(name, q, k, causal, window, scale, cu_seqlens)
+    check_tensors(name, q, k, v)
+    check_options(name, q, k, causal, window, scale, cu_seqlens)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if window is not None and window >= (k.shape[1] if causal else max(q.shape[1], k.shape[1])):
         window = None  # no query stands further from a key
     plain = _is_plain(q, k, causal, window, cu_seqlens)
     chosen = _choose(q, k, v, plain, return_lse) if backend == "auto" else backend
-    _check_runs(name, chosen, q, k, v, plain, return_lse)
+    check_runs(name, chosen, q, k, v, plain, return_lse)
     if chosen == "sdpa" and q.device.type != "cpu":
         with torch.autocast(q.device.type, enabled=False):
             return sdpa.on_device(q, k, v, causal, factor)

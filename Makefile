@@ -21,6 +21,10 @@ test: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/conv.py --out benchmarks/results/latest
 	$(BIN)/python benchmarks/short_conv.py --out benchmarks/results/latest
+	$(BIN)/python benchmarks/recurrence.py --out benchmarks/results/latest
+	$(BIN)/python benchmarks/recurrence.py --operators lstm gru elman --heads 1 --name recurrence-one-head --out benchmarks/results/latest
+	$(BIN)/python benchmarks/attention.py --out benchmarks/results/latest
+	$(BIN)/python benchmarks/loss.py --out benchmarks/results/latest
 
 # Both parts run, whatever the first finds; each command ends in time. Records and the table of errors go to OUT.
 gpu: gpu-device
@@ -49,6 +53,12 @@ gpu-bench: gpu-device
 	run 50 $(GPU_CONV) --name conv-float32 --lengths 2^11 2^16 --taps T T/8 --batch 1 --opponents fft; \
 	run 30 $(GPU_CONV) --name conv-bidirectional --bidirectional --dtype bfloat16 --lengths 2^14 2^18 --taps T --batch 1 --opponents fft; \
 	run 30 benchmarks/short_conv.py --device cuda --out "$(OUT)" --no-picture --dtype bfloat16 --lengths 2^14 2^20 --taps 4 --backend torch triton; \
+	run 30 benchmarks/recurrence.py --device cuda --out "$(OUT)" --no-picture --dtype bfloat16 --operators gla simple_gla delta_rule \
+		--lengths 2^11 2^14 --loop-most 2^11 --check-most 2^11 --repetitions 3 --backend auto torch triton; \
+	run 30 benchmarks/recurrence.py --device cuda --out "$(OUT)" --no-picture --name recurrence-cells --dtype bfloat16 --operators slstm lstm \
+		--heads 4 --batch 8 --lengths 2^10 --loop-most 2^10 --repetitions 2 --backend torch triton; \
+	run 30 benchmarks/attention.py --device cuda --out "$(OUT)" --no-picture --dtype bfloat16 --lengths 2^12 2^14; \
+	run 20 benchmarks/loss.py --device cuda --out "$(OUT)" --no-picture --dtype bfloat16 --width 1024 --lengths 2^13 2^15; \
 	exit $$status
 
 install: $(STAMP)

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata, util
 from pathlib import Path
@@ -197,12 +197,24 @@ def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
+@dataclass(frozen=True)
+class Timing:
+    """One contender by itself: medians over repetitions."""
+
+    name: str
+    forward_ms: float
+    both_ms: float
+    saved_bytes: int
+    largest_error: float
+
+
 @dataclass
 class Race:
-    """What came out: every pair of ours and opponent, and why contenders are missing."""
+    """What came out: every pair of ours and opponent, why contenders are missing, and all that were timed."""
 
     comparisons: list[Comparison]
     refused: dict[str, str]
+    timings: list[Timing] = field(default_factory=list)
 
 
 def race(
@@ -214,8 +226,12 @@ def race(
     few: Callable[[Tensor], Tensor],
     repetitions: int,
     graphs: bool = False,
+    alone: bool = False,
 ) -> Race:
-    """Checks all contenders on `few` of the inputs, then times those that are right on all of them."""
+    """Checks all contenders on `few` of the inputs, then times those that are right on all of them.
+
+    Without a pair of ours and opponent nothing is timed, unless `alone`.
+    """
     sample, sample_dy = {name: few(t) for name, t in inputs.items()}, few(dy)
     exact = outcome(reference, {name: t.double() for name, t in sample.items()}, sample_dy.double())
     errors: dict[str, float] = {}
@@ -238,7 +254,7 @@ def race(
             refused[contender.name] = f"raised {type(failure).__name__}: {str(failure).splitlines()[:1]}"
     names = {c.name for c in ready}
     pairs = [(a.name, b.name) for a in ours for b in opponents if a.name in names and b.name in names]
-    if not pairs:
+    if not pairs and not (alone and ready):
         return Race([], refused)
     device = dy.device
     times: list[dict[str, list[float]]] = []
@@ -248,7 +264,9 @@ def race(
             calls = {name: captured(call, len(sets)) for name, call in calls.items()}
         times.append(in_turns(calls, device, repetitions))
     saved = {c.name: saved_bytes(c.run, sets[0][0]) for c in ready}
-    return Race([_compared(a, b, times[0], times[1], saved, errors) for a, b in pairs], refused)
+    medians = [{name: statistics.median(t) * 1e3 for name, t in found.items()} for found in times]
+    timings = [Timing(n, medians[0][n], medians[1][n], saved[n], errors[n]) for n in errors]
+    return Race([_compared(a, b, times[0], times[1], saved, errors) for a, b in pairs], refused, timings)
 
 
 def _compared(
@@ -328,24 +346,38 @@ def headline(device: torch.device) -> str:
     return f"torch {e['torch']}, triton {e['triton']}, {name}, {e['threads']} threads, commit {e['commit']}"
 
 
+def report(case: Any, race: Race, theirs: Iterable[str], results: list[Any], skipped: list[Any]) -> bool:
+    """Prints a case's comparisons and refusals and adds them to the lists; whether one of ours is at fault."""
+    for comparison in race.comparisons:
+        results.append(row(case, comparison))
+        print(f"{case}: {describe(comparison)}", flush=True)
+    for name, why in race.refused.items():
+        skipped.append({"case": str(case), "contender": name, "reason": why})
+        print(f"{case}: {name} skipped: {why}", flush=True)
+    return any(why.startswith(FAULTS) for name, why in race.refused.items() if name not in theirs)
+
+
 def write_json(
-    target: Path, device: torch.device, results: list[dict[str, Any]], skipped: list[dict[str, Any]]
+    target: Path, device: torch.device, results: list[dict[str, Any]], skipped: list[dict[str, Any]], **more: Any
 ) -> None:
     """The record of a run."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    record = {**environment(device), "results": results, "skipped": skipped}
+    record = {**environment(device), "results": results, "skipped": skipped, **more}
     target.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def row(case: Any, comparison: Comparison) -> dict[str, Any]:
-    """A line of a record: the case's fields and the comparison's."""
-    return {**asdict(case), **asdict(comparison)}
+def row(case: Any, found: Any) -> dict[str, Any]:
+    """A line of a record: the fields of the case and of what was found."""
+    return {**asdict(case), **asdict(found)}
 
 
 def draw(rows: list[dict[str, Any]], label: Callable[[dict[str, Any]], str], target: Path, title: str) -> None:
-    """Speed-up of forward and backward over length, a line for each label; without matplotlib a printed line."""
+    """Speed-up of forward and backward over length, a line for each label; without matplotlib or rows a printed line."""
     if not is_installed("matplotlib"):
         print(f"{target.name}: not drawn, matplotlib is not installed")
+        return
+    if not rows:
+        print(f"{target.name}: not drawn, nothing was compared")
         return
     from matplotlib.figure import Figure
 

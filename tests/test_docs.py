@@ -25,7 +25,7 @@ def test_links_between_pages_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize(("name", "blocks"), [("plug_in.md", 5), ("streaming.md", 2)])
+@pytest.mark.parametrize(("name", "blocks"), [("plug_in.md", 5), ("streaming.md", 2), ("parallel.md", 2)])
 def test_code_on_the_page_runs(name, blocks):
     page = (ROOT / "docs" / name).read_text().replace("10_000_000", "300_000")
     found = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
@@ -33,3 +33,10 @@ def test_code_on_the_page_runs(name, blocks):
     namespace: dict[str, object] = {}
     for block in found:
         exec(compile(block, name, "exec"), namespace)
+
+
+def test_the_bytes_on_the_parallel_page_are_those_it_prints(capsys):
+    page = (ROOT / "docs" / "parallel.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[1]
+    exec(compile(code, "parallel.md", "exec"), {})
+    assert capsys.readouterr().out.strip() in page

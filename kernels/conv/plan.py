@@ -8,8 +8,10 @@ from typing import Literal, NamedTuple
 
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}
 """Reals of one padded block: 4 MB in float32 on a CPU; on a GPU only a bound on memory."""
-IN_CACHE, LONGEST_TRANSFORM = 1 << 15, 1 << 16
-"""Points of one transform on a CPU. Up to the first it stays in a core's cache; beyond the second, partitions are faster."""
+IN_CACHE, LONGEST_TRANSFORM = 1 << 14, 1 << 16
+"""Points of one transform on a CPU. Up to the first a point costs log n; beyond the second, partitions are faster."""
+CACHE_COST = 0.5
+"""What a point costs more with each doubling beyond IN_CACHE."""
 FEW_FRAMES = 8
 """So many frames are gone through one by one; more at once."""
 FRAME_RATIO = 4
@@ -73,22 +75,21 @@ def plan(T: int, L: int, device_type: str, keep: int = 0) -> Plan:
     if frame <= LONGEST_FRAME and pieces(n, frame - L + 1) > FEW_FRAMES:
         hop = frame - L + 1
         return Plan("many frames", frame, hop, pieces(n, hop))
-    candidates = [Plan("frames", whole, n, 1)]
+    candidates = [Plan("frames", whole, n, 1)] if whole <= LONGEST_TRANSFORM else []
     for count in range(2, FEW_FRAMES + 1):
         hop = pieces(n, count)
         size = fft_size(hop + L - 1)
-        if size >= SMALLEST_FRAME:
+        if SMALLEST_FRAME <= size <= LONGEST_TRANSFORM:
             candidates.append(Plan("frames", size, hop, pieces(n, hop)))
-    best = min(candidates, key=_cost)
-    if best.size <= LONGEST_TRANSFORM:
-        return best
+    if candidates:
+        return min(candidates, key=_cost)
     piece = max(SMALLEST_PIECE, 1 << (pieces(L, MOST_PIECES) - 1).bit_length())
     return Plan("partitions", 2 * piece, piece, pieces(n, piece))
 
 
 def _cost(how: Plan) -> float:
     """Of the transforms of a plan, in arbitrary units."""
-    leaves_cache = 1.0 + 0.15 * max(0.0, log2(how.size / IN_CACHE))
+    leaves_cache = 1.0 + CACHE_COST * max(0.0, log2(how.size / IN_CACHE))
     return how.count * how.size * log2(how.size) * leaves_cache
 
 

@@ -52,9 +52,11 @@ def test_both_methods_match_one_long_transform_with_gradients(T, L, filters):
 
 def test_plan_follows_the_documented_table():
     assert plan(1 << 16, 128, "cpu").method == "many frames"
-    assert plan(1 << 14, 1 << 14, "cpu").count == 1
-    assert plan(1 << 14, 1 << 11, "cpu").count == 1
-    assert plan(1 << 16, 1 << 13, "cpu").count == 2
+    assert plan(1 << 14, 1 << 14, "cpu").count == plan(1 << 15, 1 << 15, "cpu").count == 1
+    assert plan(1 << 14, 1 << 11, "cpu").count == 2
+    assert plan(1 << 15, 1 << 12, "cpu").count == 3
+    assert plan(1 << 16, 1 << 13, "cpu").method == "frames"
+    assert plan(1 << 17, 1 << 14, "cpu").count == 4
     assert plan(100, 3, "cpu").count == 1
     assert plan(1 << 16, 1 << 16, "cpu").method == "partitions"
     assert plan(1 << 17, 1 << 16, "cpu").method == "partitions"

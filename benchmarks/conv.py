@@ -138,13 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     failed = False
     for case in cases(arguments):
         race = measure_case(case, rows, others, device, arguments.repetitions, arguments.graphs)
-        for comparison in race.comparisons:
-            results.append(measure.row(case, comparison))
-            print(f"{case}: {measure.describe(comparison)}", flush=True)
-        for name, why in race.refused.items():
-            skipped.append({"case": str(case), "contender": name, "reason": why})
-            print(f"{case}: {name} skipped: {why}", flush=True)
-        failed |= any(why.startswith(measure.FAULTS) for n, why in race.refused.items() if n not in opponents.NAMES)
+        failed |= measure.report(case, race, opponents.NAMES, results, skipped)
         if arguments.out:  # after every case: a run that is stopped has its record
             measure.write_json(arguments.out / f"{arguments.name}.json", device, results, skipped)
     if arguments.out and not arguments.no_picture:

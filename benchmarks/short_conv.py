@@ -131,13 +131,7 @@ def main(argv: list[str] | None = None) -> int:
                 channels = min(arguments.channels, max(1, arguments.most_elements // (batch * length)))
                 case = Case(batch, channels, length, taps, arguments.dtype)
                 race = measure_case(case, arguments.backend, others, device, arguments.repetitions, arguments.graphs)
-                for comparison in race.comparisons:
-                    results.append(measure.row(case, comparison))
-                    print(f"{case}: {measure.describe(comparison)}", flush=True)
-                for name, why in race.refused.items():
-                    skipped.append({"case": str(case), "contender": name, "reason": why})
-                    print(f"{case}: {name} skipped: {why}", flush=True)
-                failed |= any(why.startswith(measure.FAULTS) for n, why in race.refused.items() if n not in NAMES)
+                failed |= measure.report(case, race, NAMES, results, skipped)
     if arguments.out:
         measure.write_json(arguments.out / "short_conv.json", device, results, skipped)
     if arguments.out and not arguments.no_picture:

@@ -1,5 +1,7 @@
 """Checks of arguments that can be traced: messages are put together only when they are raised."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -28,3 +30,11 @@ def check_floats(name: str, **tensors: Tensor | None) -> None:
         check(
             name, x.device == first.device, "{} must be on {}, like the other arguments", x.device, what, first.device
         )
+
+
+def check_bounds(name: str, cu_seqlens: Tensor, T: int) -> list[int]:
+    """The boundaries of documents as numbers; ValueError unless they ascend from 0 to T."""
+    ends: list[int] = cu_seqlens.tolist()
+    ascend = all(a <= b for a, b in itertools.pairwise(ends))
+    check(name, ascend and ends[0] == 0 and ends[-1] == T, "cu_seqlens must ascend from 0 to T={}", ends, T)
+    return ends

@@ -5,9 +5,8 @@ from typing import Literal, get_args, overload
 from torch import Tensor
 
 from seqengine.kernels import api as kernels
-from seqengine.kernels.attention.bounds import check_documents
 from seqengine.kernels.attention.op import KNOWN, Backend, check_options, check_runs, check_tensors
-from seqengine.kernels.checks import check
+from seqengine.kernels.checks import check, check_bounds
 from seqengine.parallel import attention_cost as cost
 from seqengine.parallel.attention_exchange import collect, distribute
 from seqengine.parallel.attention_plan import Mask, Plan
@@ -112,7 +111,7 @@ def attention(
     if ctx.size == 1:
         return _on_one(q, k, v, causal, window, scale, cu_seqlens, return_lse, backend)
     if cu_seqlens is not None:
-        check_documents(name, cu_seqlens, ctx.total_tokens)
+        check_bounds(name, cu_seqlens, ctx.total_tokens)
     mask = _mask(causal, window, cu_seqlens, ctx.total_tokens)
     sizes = _sizes(q, k, v)
     plan = cost.choose(ctx.bounds, ctx.rank, mask, sizes, q.device.type, algorithm, head_ranks, balance)

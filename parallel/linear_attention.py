@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from seqengine.kernels import api as kernels
-from seqengine.kernels.linear_attention.layout import check_bounds
+from seqengine.kernels.checks import check_bounds
 from seqengine.kernels.linear_attention.op import Backend, NormalizedState
 from seqengine.parallel import cost
 from seqengine.parallel.context import SequenceContext

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from seqengine.parallel import comm
 from seqengine.parallel.context import SequenceContext
-from seqengine.parallel.exchange.halo import halo
+from seqengine.parallel.exchange.halo import preceding
 from seqengine.parallel.layout import offsets, overlap
 
 
@@ -41,7 +41,7 @@ def inputs_before(x: Tensor, left: int, initial: Tensor | None, ctx: SequenceCon
 
     Traffic: a halo of `left` positions; with `initial` [B, D, left], the same on every rank, an all-reduce in the backward.
     """
-    before = halo(x, left, ctx=ctx, dim=2)[..., :left]
+    before = preceding(x, left, ctx=ctx, dim=2)
     if initial is None:
         return before
     missing = max(0, left - ctx.bounds[ctx.rank])

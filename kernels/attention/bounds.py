@@ -9,12 +9,8 @@ Query t stands at position p = t + S - T, so that the last query and the last ke
 Both ends never fall as t grows. So a block of queries sees one interval of keys, and only its ends need a mask.
 """
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
-
-from seqengine.kernels.checks import check
 
 
 def key_intervals(
@@ -36,10 +32,3 @@ def key_intervals(
     elif window is not None:
         high = torch.minimum(end, position + window)
     return low, torch.maximum(low, high)
-
-
-def check_documents(name: str, cu_seqlens: Tensor, T: int) -> None:
-    """ValueError unless the boundaries ascend from 0 to T."""
-    ends: list[int] = cu_seqlens.tolist()
-    ascend = all(a <= b for a, b in pairwise(ends))
-    check(name, ascend and ends[0] == 0 and ends[-1] == T, "cu_seqlens must ascend from 0 to T={}", ends, T)

@@ -13,25 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqengine.kernels.checks import check
+from seqengine.kernels.packages import load_package
 
-INSTALL = "pip install seqengine-train[flash-attn]"
 WIDEST = 256
 
 
 def load() -> Any:
-    """The package; ValueError without it, or unless it is 2.8 or a later 2.x, whose arguments are used here."""
-    try:
-        package: Any = importlib.import_module("flash_attn")
-    except ImportError as missing:
-        raise ValueError(
-            f"attention: backend 'flash-attn' needs the package flash_attn: {INSTALL}; got {missing}."
-        ) from missing
-    version = str(package.__version__)
-    major, minor = (int(part) if part.isdigit() else 0 for part in [*version.split("."), "0"][:2])
-    must = "backend 'flash-attn' needs flash_attn >= 2.8, < 3: {}"
-    check("attention", major == 2 and minor >= 8, must, version, INSTALL)
-    return package
+    """The package, 2.8 or a later 2.x, whose arguments are used here; else ValueError."""
+    return load_package("attention", "flash-attn", "flash_attn", "flash_attn", "flash-attn", (2, 8))
 
 
 def takes(q: Tensor, v: Tensor) -> bool:

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from seqengine.kernels.attention import flash, flex, ops, reference, sdpa
-from seqengine.kernels.attention.bounds import check_documents
 from seqengine.kernels.attention.merge import merge_attention
-from seqengine.kernels.checks import check, check_floats, check_shape
+from seqengine.kernels.checks import check, check_bounds, check_floats, check_shape
 
 __all__ = ["attention", "merge_attention"]
 
@@ -180,7 +179,7 @@ def attention(
             return sdpa.on_device(q, k, v, causal, factor)
     if chosen in ("reference", "flex"):
         if cu_seqlens is not None and not torch.compiler.is_compiling():
-            check_documents(name, cu_seqlens, q.shape[1])
+            check_bounds(name, cu_seqlens, q.shape[1])
         compute = reference.attention if chosen == "reference" else flex.attention
         with torch.autocast(q.device.type, enabled=False):
             out, lse = compute(q, k, v, cu_seqlens, causal, window, factor)

@@ -8,13 +8,15 @@ gradients of one part of the keys. Its own derivative goes through reference.att
 out and lse are arguments of it, so that the derivative through them follows from the first operator.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from seqengine.kernels.attention import blocked, flash, reference, sdpa
-from seqengine.kernels.attention.bounds import check_documents
+from seqengine.kernels.checks import check_bounds
+from seqengine.kernels.derivatives import differentiate
 
 Three = tuple[Tensor, Tensor, Tensor]
 
@@ -32,7 +34,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """q [B, T, H, K]; k [B, S, G, K]; v [B, S, G, V]. Returns (out [B, T, H, V], lse [B, H, T])."""
     if cu_seqlens is not None:
-        check_documents("attention", cu_seqlens, q.shape[1])
+        check_bounds("attention", cu_seqlens, q.shape[1])
     with torch.autocast(q.device.type, enabled=False):
         if _has_scores(q, k) and backend == "sdpa":
             return sdpa.cpu_forward(q, k, v, causal, scale)
@@ -128,22 +130,15 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None
 
 def _differentiate_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
     """By torch, through the written-out gradients."""
-    saved, asked, further = ctx.saved_tensors, ctx.needs_input_grad[:7], torch.is_grad_enabled()
-    with torch.enable_grad(), torch.autocast(saved[2].device.type, enabled=False):
-        own = [None if t is None else t.view_as(t) if ask else t.detach() for t, ask in zip(saved, asked, strict=False)]
+    saved = ctx.saved_tensors
+
+    def written_out(*own: Any) -> Sequence[Tensor | None]:
         arguments: list[Any] = [*own, saved[7], *ctx.how]
-        values = reference.attention_gradients(*arguments)
-        pairs = [(x, h) for x, h in zip(values, cotangents, strict=True) if h is not None and x.requires_grad]
-        wanted = [t for t, ask in zip(own, asked, strict=True) if ask and t is not None]
-        found = iter(
-            torch.autograd.grad(
-                [x for x, _ in pairs], wanted, [h for _, h in pairs], create_graph=further, allow_unused=True
-            )
-            if pairs and wanted
-            else [None] * len(wanted)
-        )
-    gradients = (next(found) if ask and t is not None else None for t, ask in zip(own, asked, strict=True))
-    return (*gradients, *[None] * 5)
+        return reference.attention_gradients(*arguments)
+
+    with torch.autocast(saved[2].device.type, enabled=False):
+        found = differentiate(written_out, saved[:7], ctx.needs_input_grad[:7], cotangents)
+    return (*found, *[None] * 5)
 
 
 attention.register_autograd(_differentiate_attention, setup_context=_save_for_attention)

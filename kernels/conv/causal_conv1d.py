@@ -4,30 +4,19 @@ Not tested on a GPU here: the tests cover the refusals and, with a stand-in for 
 backward is that of backend 'triton': the same function, without the package's atomics.
 """
 
-import importlib
 from typing import Any
 
 from torch import Tensor
 
 from seqengine.kernels.checks import check
+from seqengine.kernels.packages import load_package
 
-INSTALL = "pip install seqengine-train[causal-conv1d]"
 NAME = "short_conv"
 
 
 def load() -> Any:
-    """The package; ValueError without it, or unless it is 1.4 or a later 1.x, whose arguments are used here."""
-    try:
-        package: Any = importlib.import_module("causal_conv1d")
-    except ImportError as missing:
-        raise ValueError(
-            f"{NAME}: backend 'causal-conv1d' needs the package causal_conv1d: {INSTALL}; got {missing}."
-        ) from missing
-    version = str(package.__version__)
-    major, minor = (int(part) if part.isdigit() else 0 for part in [*version.split("."), "0"][:2])
-    must = "backend 'causal-conv1d' needs causal_conv1d >= 1.4, < 2: {}"
-    check(NAME, major == 1 and minor >= 4, must, version, INSTALL)
-    return package
+    """The package, 1.4 or a later 1.x, whose arguments are used here; else ValueError."""
+    return load_package(NAME, "causal-conv1d", "causal_conv1d", "causal_conv1d", "causal-conv1d", (1, 4))
 
 
 def check_runs(u: Tensor, w: Tensor, has_past_or_documents: bool) -> None:

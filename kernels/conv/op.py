@@ -9,13 +9,12 @@ from torch.nn import functional as F
 from seqengine.kernels.checks import check, check_floats, check_shape
 from seqengine.kernels.conv import causal_conv1d, ops, reference, short
 from seqengine.kernels.conv.packed import Documents
+from seqengine.kernels.conv.plan import TRITON_FLOAT64_TAPS
 from seqengine.kernels.conv.sparse import SparseSpectrum, sparse_conv, sparse_conv_reference
 from seqengine.kernels.environment import runs_triton
 
 DECODE_TOKENS = 4
 """So few tokens after a state are dot products of L terms each; more are a transform."""
-TRITON_FLOAT64_TAPS = 1024
-"""Triton's transforms work in float32; float64 goes through the Toeplitz product, whose work grows with the taps."""
 Backend = Literal["auto", "torch", "triton", "reference"]
 """auto: torch on every device. torch: FFT for long filters, multiply-adds for short ones. triton: kernels for CUDA tensors.
 reference: the definition."""

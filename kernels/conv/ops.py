@@ -12,6 +12,7 @@ S = sum_t g[t] x[t], whose derivative, given cotangents h, m, n of the three, is
 With them, the gradients are written out as products of these two and differentiated by torch. So any order follows.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from seqengine.kernels.conv import spectral
 from seqengine.kernels.conv.spectral import Six, empty_gradients
+from seqengine.kernels.derivatives import differentiate
 
 
 @torch.library.custom_op("seqengine::causal_conv", mutates_args=())
@@ -115,7 +117,8 @@ def _differentiate_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | Non
     if all(t is None for t in saved[4:]):
         found = _second_plain(saved[:4], asked, ctx.had, cotangents, ctx.how)
     else:
-        found = _second_gated(saved, asked, ctx.had, cotangents, ctx.how)
+        written_out = partial(_gradients_written_out, had=ctx.had, how=ctx.how)
+        found = differentiate(written_out, saved, asked, cotangents)
     return (*found, None, None, None)
 
 
@@ -146,31 +149,6 @@ def _second_plain(
     )
     wanted = [t.to(like.dtype) if need else None for t, like, need in zip(found, (u, k, skip), needed, strict=False)]
     return [d_dy, *wanted, None, None, None]
-
-
-def _second_gated(
-    saved: tuple[Tensor | None, ...],
-    asked: tuple[bool, ...],
-    had: list[bool],
-    cotangents: tuple[Tensor, ...],
-    how: tuple[str, str],
-) -> list[Tensor | None]:
-    """By torch, through the gradients written out with ungated operators."""
-    further = torch.is_grad_enabled()
-    with torch.enable_grad():
-        own = [None if t is None else t.view_as(t) if ask else t.detach() for t, ask in zip(saved, asked, strict=True)]
-        values = _gradients_written_out(*own, had=had, how=how)
-        pairs = [(v, h) for v, h, had_it in zip(values, cotangents, had, strict=True) if had_it and v is not None]
-        pairs = [(v, h.to(v.dtype)) for v, h in pairs if v.requires_grad]
-        wanted = [t for t, ask in zip(own, asked, strict=True) if ask and t is not None]
-        found = iter(
-            torch.autograd.grad(
-                [v for v, _ in pairs], wanted, [h for _, h in pairs], create_graph=further, allow_unused=True
-            )
-            if pairs and wanted
-            else [None] * len(wanted)
-        )
-    return [next(found) if ask and t is not None else None for t, ask in zip(own, asked, strict=True)]
 
 
 def _gradients_written_out(

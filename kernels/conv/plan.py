@@ -17,6 +17,8 @@ FEW_FRAMES = 8
 FRAME_RATIO = 4
 """Points of an overlap-save frame for each tap, at least."""
 SMALLEST_FRAME, LONGEST_FRAME = 1 << 10, 1 << 15
+TRITON_FLOAT64_TAPS = 1024
+"""Triton's transforms work in float32; float64 goes through the Toeplitz product, whose work grows with the taps."""
 SMALLEST_PIECE, MOST_PIECES = 1 << 13, 8
 """Partitions: pieces of at least so many values, and, where that allows, at most so many pieces."""
 

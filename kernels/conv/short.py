@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seqengine.kernels.conv import causal_conv1d
+from seqengine.kernels.derivatives import differentiate
 
 BLOCK_ELEMENTS = 1 << 17
 """Elements of x worked on at once: half a megabyte in float32, which stays in the second-level cache of a core."""
@@ -230,9 +231,21 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Four) -> None:
 def _differentiate_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     """The cotangents are shaped like the gradients; those of gradients that were not needed are empty, and count as zero."""
     *saved, positions = ctx.saved_tensors
-    second = _second_with_silu if ctx.silu else _second_plain
-    found = second(saved, ctx.needs_input_grad[:5], ctx.needed, cotangents, positions, ctx.backend)
-    return (*found, None, None, None, None)
+    asked = ctx.needs_input_grad[:5]
+    if not ctx.silu:
+        found = _second_plain(saved, asked, ctx.needed, cotangents, positions, ctx.backend)
+        return (*found, None, None, None, None)
+
+    def written_out(dy: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, past: Tensor | None) -> Four:
+        """Through dz = dy silu'(z) and the operators without activation."""
+        z = short_conv(x, w, bias, past, False, positions, ctx.backend)
+        sigmoid = torch.sigmoid(z)
+        dz = dy * sigmoid * (1 + z * (1 - sigmoid))
+        found: Four = short_conv_backward(dz, x, w, bias, past, ctx.needed, False, positions, ctx.backend)
+        return found
+
+    asked_for = [h if had else None for h, had in zip(cotangents, ctx.needed, strict=True)]
+    return (*differentiate(written_out, saved, asked, asked_for), None, None, None, None)
 
 
 def _second_plain(
@@ -257,36 +270,6 @@ def _second_plain(
     needed = [asked[1], asked[2], False, asked[4] and past is not None]
     dx, dw, _, dpast = short_conv_backward(dy, at_x, at_w, None, at_past, needed, False, positions, backend)
     return [d_dy, dx if needed[0] else None, dw if needed[1] else None, None, dpast if needed[3] else None]
-
-
-def _second_with_silu(
-    saved: list[Tensor],
-    asked: tuple[bool, ...],
-    had: list[bool],
-    cotangents: tuple[Tensor, ...],
-    positions: Tensor | None,
-    backend: str,
-) -> list[Tensor | None]:
-    """By torch, through dz = dy silu'(z) and the operators without activation."""
-    further = torch.is_grad_enabled()
-    with torch.enable_grad():
-        own = [None if t is None else t.view_as(t) if ask else t.detach() for t, ask in zip(saved, asked, strict=True)]
-        dy, x, w, bias, past = own
-        assert dy is not None
-        assert x is not None
-        assert w is not None
-        z = short_conv(x, w, bias, past, False, positions, backend)
-        sigmoid = torch.sigmoid(z)
-        dz = dy * sigmoid * (1 + z * (1 - sigmoid))
-        values = short_conv_backward(dz, x, w, bias, past, had, False, positions, backend)
-        pairs = [(v, h) for v, h, had_it in zip(values, cotangents, had, strict=True) if had_it and v.requires_grad]
-        wanted = [t for t, ask in zip(own, asked, strict=True) if ask and t is not None]
-        found: Any = [None] * len(wanted)
-        if pairs and wanted:
-            outputs, weights = [v for v, _ in pairs], [h for _, h in pairs]
-            found = torch.autograd.grad(outputs, wanted, weights, create_graph=further, allow_unused=True)
-    rest = iter(found)
-    return [next(rest) if ask and t is not None else None for t, ask in zip(own, asked, strict=True)]
 
 
 short_conv.register_autograd(_differentiate_forward, setup_context=_save_forward)

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seqengine.kernels.conv import triton_monarch, triton_toeplitz, triton_two_level
+from seqengine.kernels.conv.plan import TRITON_FLOAT64_TAPS
 from seqengine.kernels.conv.spectral import Six, empty_gradients
 from seqengine.kernels.conv.triton_monarch import Precision
 
-TOEPLITZ_TAPS, LONGEST_FLOAT64 = 512, 1024
+TOEPLITZ_TAPS = 512
 """Most taps of the Toeplitz product, in general and in float64, which the FFT kernels do not have."""
 
 
@@ -168,7 +169,7 @@ def _fft_kernels(T: int, L: int, how: Precision) -> tuple[Callable[..., Tensor],
 
 
 def _takes_toeplitz(u: Tensor, k: Tensor, past: Tensor | None) -> bool:
-    return _reach(u, k, past) <= (LONGEST_FLOAT64 if u.dtype == torch.float64 else TOEPLITZ_TAPS)
+    return _reach(u, k, past) <= (TRITON_FLOAT64_TAPS if u.dtype == torch.float64 else TOEPLITZ_TAPS)
 
 
 def _reach(u: Tensor, k: Tensor, past: Tensor | None) -> int:

@@ -6,10 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from seqengine.kernels.checks import check, check_floats, check_shape
+from seqengine.kernels.checks import check, check_bounds, check_floats, check_shape
 from seqengine.kernels.delta_rule import ops, reference
 from seqengine.kernels.delta_rule.chunked import Arguments, dtype_of, initial_states, states_shape
-from seqengine.kernels.linear_attention.layout import check_bounds
 
 Backend = Literal["auto", "torch", "reference"]
 """auto: torch on every device. torch: chunks by matrix products. reference: the recurrence, token by token."""

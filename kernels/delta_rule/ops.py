@@ -14,6 +14,7 @@ from torch import Tensor
 
 from seqengine.kernels.delta_rule import chunked, composed
 from seqengine.kernels.delta_rule.chunked import Arguments, dtype_of, starts_shape, states_shape
+from seqengine.kernels.derivatives import fresh
 
 NAME = "delta_rule"
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -124,11 +125,6 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Six) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _fresh(x: Tensor | None) -> Tensor | None:
-    """The same values, to differentiate by, still connected to where they came from."""
-    return None if x is None else x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-
-
 def _fix_sizes(*tensors: Tensor | None) -> list[int]:
     """A traced second derivative is for the sizes at hand: with symbolic ones tracing takes several times as long."""
     return [int(n) for t in tensors if t is not None for n in t.shape]
@@ -142,7 +138,7 @@ def _differentiate_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tenso
     keep_graph = torch.is_grad_enabled()
     _fix_sizes(*given)
     with torch.enable_grad(), torch.autocast(given[1].device.type, enabled=False):
-        do, d_final, q, k, v, beta, g, initial = leaves = [_fresh(x) for x in given]
+        do, d_final, q, k, v, beta, g, initial = leaves = [None if x is None else fresh(x) for x in given]
         assert k is not None
         assert v is not None
         assert beta is not None

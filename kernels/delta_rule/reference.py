@@ -25,11 +25,13 @@ def delta_rule(
     B, T, H, K = q.shape
     state = v_.new_zeros(B, H, K, v.shape[-1]) if initial_state is None else initial_state.to(dtype)
     outputs = [v_[:, :0]]
-    for t in range(T):
-        if g is not None:
-            state = torch.exp(g[:, t].to(dtype))[..., None, None] * state
-        key, strength = k_[:, t, :, :, None], beta_[:, t, :, None, None]
+    gates = [None] * T if g is None else g.to(dtype).unbind(1)
+    tokens = zip(*(x.unbind(1) for x in (q_, k_, v_, beta_)), gates, strict=True)  # unbind: a gradient linear in T
+    for q_t, k_t, v_t, beta_t, g_t in tokens:
+        if g_t is not None:
+            state = torch.exp(g_t)[..., None, None] * state
+        key, strength = k_t[..., None], beta_t[..., None, None]
         read = (key * state).sum(dim=2, keepdim=True)
-        state = state - strength * key * read + strength * key * v_[:, t, :, None, :]
-        outputs.append((q_[:, t, :, :, None] * state).sum(dim=2)[:, None])
+        state = state - strength * key * read + strength * key * v_t[..., None, :]
+        outputs.append((q_t[..., None] * state).sum(dim=2)[:, None])
     return torch.cat(outputs, dim=1).to(v.dtype), state

@@ -10,21 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from seqengine.kernels.checks import check
+from seqengine.kernels.packages import load_package
 
-INSTALL = "pip install seqengine-train[fla]"
 WIDEST = 256
 
 
 def load(name: str) -> Any:
-    """The package; ValueError without it, or unless it is 0.5 or a later 0.x, whose arguments are used here."""
-    try:
-        package: Any = importlib.import_module("fla")
-    except ImportError as missing:
-        raise ValueError(f"{name}: backend 'fla' needs the package fla-core: {INSTALL}; got {missing}.") from missing
-    version = str(package.__version__)
-    major, minor = (int(part) if part.isdigit() else 0 for part in [*version.split("."), "0"][:2])
-    check(name, major == 0 and minor >= 5, "backend 'fla' needs fla-core >= 0.5, < 1: {}", version, INSTALL)
-    return package
+    """The package, 0.5 or a later 0.x, whose arguments are used here; else ValueError."""
+    return load_package(name, "fla", "fla", "fla-core", "fla", (0, 5))
 
 
 def check_runs(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:

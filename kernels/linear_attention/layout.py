@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqengine.kernels.checks import check
+from seqengine.kernels.checks import check_bounds
 
 LONGEST_CHUNK = 64
 SHORTEST_CHUNK_OF_DOCUMENTS = 8
@@ -80,14 +80,6 @@ def blocks(plan: Plan, B: int, H: int) -> list[Block]:
         for b in range(0, B, plan.rows)
         for h in range(0, H, plan.heads)
     ]
-
-
-def check_bounds(name: str, bounds: Tensor, T: int) -> list[int]:
-    """The boundaries as numbers; ValueError unless they ascend from 0 to T."""
-    ends: list[int] = bounds.tolist()
-    ascend = all(a <= b for a, b in itertools.pairwise(ends))
-    check(name, ascend and ends[0] == 0 and ends[-1] == T, "cu_seqlens must ascend from 0 to T={}", ends, T)
-    return ends
 
 
 def segments(plan: Plan, T: int, bounds: Tensor | None, device: torch.device, name: str) -> list[Segment]:

@@ -6,11 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from seqengine.kernels.checks import check, check_floats, check_shape
+from seqengine.kernels.checks import check, check_bounds, check_floats, check_shape
 from seqengine.kernels.environment import runs_triton
 from seqengine.kernels.linear_attention import fla, ops, reference
 from seqengine.kernels.linear_attention.chunked import compute_dtype
-from seqengine.kernels.linear_attention.layout import check_bounds
 
 Backend = Literal["auto", "torch", "triton", "fla", "reference"]
 """auto: torch on every device. torch: chunks by matrix products. triton: kernels for CUDA tensors. fla: the package fla-core,
@@ -154,6 +153,11 @@ def _join_state(
     return torch.cat([S.to(dtype), z[..., None].to(dtype)], dim=-1)
 
 
+def operator_of(backend: Backend) -> str:
+    """Whose kernels the operators run."""
+    return backend if backend in ("triton", "fla") else "torch"
+
+
 def _run(
     name: str,
     q: Tensor,
@@ -174,7 +178,7 @@ def _run(
         return _one_token(q, k, v, g, scale, initial)
     if cu_seqlens is not None and g is not None and g.ndim == 1:
         g = g.expand(q.shape[:3])
-    o, final, _ = ops.gla(q, k, v, g, scale, initial, cu_seqlens, backend if backend in ("triton", "fla") else "torch")
+    o, final, _ = ops.gla(q, k, v, g, scale, initial, cu_seqlens, operator_of(backend))
     return o, final
 
 

@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from seqengine.kernels.checks import check_bounds
+from seqengine.kernels.derivatives import fresh
 from seqengine.kernels.linear_attention import chunked, composed, fla
-from seqengine.kernels.linear_attention.layout import check_bounds
 
 
 def _name(g: Tensor | None) -> str:
@@ -184,11 +185,6 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.set_materialize_grads(False)
 
 
-def _fresh(x: Tensor) -> Tensor:
-    """The same values, to differentiate by, still connected to where they came from."""
-    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-
-
 def _differentiate_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
     """Of gla_backward, by writing it as the gradient of composed.gla. `starts` follows from the other arguments."""
     if all(c is None for c in cotangents):
@@ -196,8 +192,8 @@ def _differentiate_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tenso
     *needed, g, initial, bounds = ctx.saved_tensors
     keep_graph = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(needed[0].device.type, enabled=False):
-        do, d_final, q, k, v = (_fresh(x) for x in needed)
-        g, initial = (None if x is None else _fresh(x) for x in (g, initial))
+        do, d_final, q, k, v = (fresh(x) for x in needed)
+        g, initial = (None if x is None else fresh(x) for x in (g, initial))
         outputs = composed.gla(q, k, v, g, ctx.scale, initial, bounds)
         asked = [
             (x, c) for x, c in zip((q, k, v, g, initial), cotangents, strict=True) if x is not None and c is not None

@@ -115,7 +115,7 @@ def outputs(a: Arguments, backend: op.Backend) -> tuple[Tensor, Tensor, Tensor]:
         return torch.empty_like(a.v), a.initial.clone(), a.initial.new_empty(0)
     if backend == "reference":
         return *_definition(a), a.initial.new_empty(0)
-    found: tuple[Tensor, Tensor, Tensor] = ops.gla(*a, _operator(backend))
+    found: tuple[Tensor, Tensor, Tensor] = ops.gla(*a, op.operator_of(backend))
     return found
 
 
@@ -134,13 +134,8 @@ def gradients(
         leaves = [x for x in (q, k, v, initial, g) if x is not None]
         dq, dk, dv, d_initial, *dg = torch.autograd.grad(found, leaves, (do, d_final))
         return dq, dk, dv, dg[0] if dg else None, d_initial
-    dq, dk, dv, d_gates, d_initial = ops.gla_backward(do, d_final, *a[:6], starts, a.bounds, _operator(backend))
+    dq, dk, dv, d_gates, d_initial = ops.gla_backward(do, d_final, *a[:6], starts, a.bounds, op.operator_of(backend))
     return dq, dk, dv, None if a.g is None else d_gates, d_initial
-
-
-def _operator(backend: op.Backend) -> str:
-    """Whose operator runs, as for `op.gla`."""
-    return backend if backend in ("triton", "fla") else "torch"
 
 
 def _definition(a: Arguments) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from seqengine.kernels.derivatives import differentiate
+
 
 def tiles(N: int, V: int, tile_tokens: int, tile_words: int) -> Iterator[tuple[slice, list[slice]]]:
     """Tokens, and the words to go through for them."""
@@ -162,21 +164,17 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _differentiate_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     """By torch, through the gradients of the definition: whole logits, which only second derivatives need."""
-    further, asked = torch.is_grad_enabled(), ctx.needs_input_grad[:3]
-    upstream, hidden, weight, labels = ctx.saved_tensors
-    with torch.enable_grad():
-        own = [t.view_as(t) if ask else t.detach() for t, ask in zip((upstream, hidden, weight), asked, strict=True)]
-        dtype = accumulation_dtype(hidden, weight)
-        x, w = own[1].to(dtype), own[2].to(dtype)
-        kept = labels != ctx.ignore_index
+    *saved, labels = ctx.saved_tensors
+    dtype = accumulation_dtype(saved[1], saved[2])
+
+    def written_out(upstream: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = hidden.to(dtype), weight.to(dtype)
         p = torch.softmax(x @ w.T, dim=1) - F.one_hot(labels.clamp(min=0), w.shape[0]).to(dtype)
-        p = p * kept[:, None] * own[0]
-        values = (p @ w, p.T @ x)
-        pairs = [(v, h.to(dtype)) for v, h, had in zip(values, cotangents, ctx.had, strict=True) if had]
-        wanted = [t for t, ask in zip(own, asked, strict=True) if ask]
-        outputs, weights = [v for v, _ in pairs], [h for _, h in pairs]
-        found = iter(torch.autograd.grad(outputs, wanted, weights, create_graph=further, allow_unused=True))
-    return (*(next(found) if ask else None for ask in asked), *[None] * 7)
+        p = p * (labels != ctx.ignore_index)[:, None] * upstream
+        return p @ w, p.T @ x
+
+    asked_for = [h if had else None for h, had in zip(cotangents, ctx.had, strict=True)]
+    return (*differentiate(written_out, saved, ctx.needs_input_grad[:3], asked_for), *[None] * 7)
 
 
 linear_cross_entropy.register_autograd(_differentiate, setup_context=_save)

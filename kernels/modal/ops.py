@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqengine.kernels.derivatives import gradients_of
 from seqengine.kernels.modal import filter as taps_of
 from seqengine.kernels.modal import scan
 
@@ -199,11 +200,11 @@ def second_order(
             if not t.requires_grad:
                 t.requires_grad_()
         reached = [(y, g) for y, g in zip(function(*inputs), given, strict=True) if y.requires_grad]
-        first = _grad(reached, chosen, create_graph=True)
+        first = gradients_of(reached, chosen, create_graph=True)
         counted = [h for h, was in zip(cotangents, had, strict=True) if was]
         pairs = [(g, h) for g, h in zip(first, counted, strict=True) if g is not None and g.requires_grad]
         asked = [t if want else None for t, want in zip((*given, *inputs), wanted, strict=True)]
-        found = iter(_grad(pairs, [t for t in asked if t is not None], create_graph=again))
+        found = iter(gradients_of(pairs, [t for t in asked if t is not None], create_graph=again))
     return [None if t is None else next(found) for t in asked]
 
 
@@ -214,14 +215,6 @@ def _fix_sizes(*tensors: Tensor | None) -> list[int]:
 
 def _alias(t: Tensor) -> Tensor:
     return t.view_as(t) if t.requires_grad else t.detach()
-
-
-def _grad(pairs: list[tuple[Tensor, Tensor]], inputs: Sequence[Tensor], create_graph: bool) -> Sequence[Tensor | None]:
-    """torch.autograd.grad of (output, cotangent) pairs; None for an input that no output depends on."""
-    if not pairs or not inputs:
-        return [None] * len(inputs)
-    outputs, cotangents = zip(*pairs, strict=True)
-    return torch.autograd.grad(outputs, inputs, cotangents, create_graph=create_graph, allow_unused=True)
 
 
 modal_filter.register_autograd(_differentiate_filter, setup_context=_save_filter)

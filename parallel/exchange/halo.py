@@ -20,17 +20,22 @@ def halo(x: Tensor, left: int, *, ctx: SequenceContext, dim: int) -> Tensor:
     Order:     every rank must call; checks come before any message.
     Raises:    ValueError if left is negative or x is not this rank's part.
     """
+    return torch.cat([preceding(x, left, ctx=ctx, dim=dim), x], dim=dim)
+
+
+def preceding(x: Tensor, left: int, *, ctx: SequenceContext, dim: int) -> Tensor:
+    """The first part of `halo` alone: what precedes x, without a copy of x."""
     if left < 0:
         raise ValueError(f"halo: left must be >= 0; got {left}.")
     ctx.check_local("halo", x, dim)
-    extended: Tensor = _Halo.apply(x, left, ctx, dim % x.ndim)  # type: ignore[no-untyped-call]
-    return extended
+    before: Tensor = _Preceding.apply(x, left, ctx, dim % x.ndim)  # type: ignore[no-untyped-call]
+    return before
 
 
-class _Halo(torch.autograd.Function):
+class _Preceding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, left: int, context: SequenceContext, dim: int) -> Tensor:
-        ctx.context, ctx.left, ctx.dim = context, left, dim
+        ctx.context, ctx.left, ctx.dim, ctx.shape = context, left, dim, x.shape
         before = x.new_zeros(*x.shape[:dim], left, *x.shape[dim + 1 :])
         if context.size > 1:
             first = context.bounds[context.rank]
@@ -43,13 +48,12 @@ class _Halo(torch.autograd.Function):
                 for peer, start, stop in halo_sources(context.bounds, context.rank, left)
             ]
             _exchange(sends, places, context, add=False)
-        return torch.cat([before, x], dim=dim)
+        return before
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         context, left, dim = ctx.context, ctx.left, ctx.dim
-        length = gradient.shape[dim] - left
-        dx = gradient.narrow(dim, left, length).clone()
+        dx = gradient.new_zeros(ctx.shape)
         if context.size > 1:
             first = context.bounds[context.rank]
             sends = [

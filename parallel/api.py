@@ -2,10 +2,11 @@
 
 from seqengine.parallel.attention import attention
 from seqengine.parallel.context import SequenceContext
-from seqengine.parallel.conv import long_conv, short_conv
+from seqengine.parallel.conv import long_conv, long_conv_bidirectional, short_conv
 from seqengine.parallel.delta_rule import delta_rule
 from seqengine.parallel.exchange.halo import halo
 from seqengine.parallel.exchange.pipeline import pipeline
+from seqengine.parallel.exchange.relayout import relayout
 from seqengine.parallel.exchange.ring import ring
 from seqengine.parallel.exchange.scan import scan
 from seqengine.parallel.exchange.transpose import transpose
@@ -22,8 +23,10 @@ __all__ = [
     "halo",
     "linear_cross_entropy",
     "long_conv",
+    "long_conv_bidirectional",
     "modal_conv",
     "pipeline",
+    "relayout",
     "ring",
     "rnn",
     "scan",

@@ -11,7 +11,9 @@ from seqengine.parallel import attention_cost as cost
 from seqengine.parallel.attention_exchange import collect, distribute
 from seqengine.parallel.attention_plan import Mask, Plan
 from seqengine.parallel.attention_ring import Kernel, accumulation_dtype, ring_attention
+from seqengine.parallel.compiled import breaks_graph
 from seqengine.parallel.context import SequenceContext
+from seqengine.parallel.documents import documents_of
 
 Algorithm = Literal["auto", "ring", "ulysses", "gather", "ring_ulysses"]
 """ring: key blocks pass from rank to rank. ulysses: all-to-all, all tokens of some heads. gather: each rank gets all keys
@@ -59,6 +61,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@breaks_graph
 def attention(
     q: Tensor,
     k: Tensor,
@@ -78,7 +81,8 @@ def attention(
     """`kernels.attention` of the joined sequence, on this rank's part.
 
     Local in:  q [B, T, H, K], k [B, T, G, K], v [B, T, G, V], T = ctx.local_tokens; as many keys as queries. cu_seqlens: the
-               boundaries in the joined sequence, whole, the same on every rank (it is read on the host).
+               boundaries in the joined sequence, whole, the same on every rank (it is read on the host); None: those of
+               ctx.documents, if it has some.
     Local out: out [B, T, H, V], or (out, lse [B, H, T]). join(out) == kernels.attention(join(q), join(k), join(v), ...).
     Traffic:   `attention_cost.attention_bytes` and `attention_backward_bytes`. gather: each key once to each rank that sees it;
                ring: each block along the ring as far as it is seen, once more in the backward, with gradients in float32;
@@ -87,6 +91,7 @@ def attention(
                `attention_cost.widest_head_ranks`.
     Balance:   a ring of contiguous parts leaves the first ranks of causal attention idle. balance=True moves q, k, v to the
                zigzag order (chunks r and 2 P - 1 - r to rank r) and out back; None: where `attention_cost.should_balance`.
+               In a zigzag context, q, k, v and out lie there already, and nothing moves for it.
     Memory:    ring: saves q, k, v, out, lse; two blocks at work, and their gradients in float32. gather: the keys seen.
     Exact to:  the kernel within 1e-12 relative in float64; below, parts are merged in float32. Deterministic for a given P and
                algorithm.
@@ -106,6 +111,7 @@ def attention(
     check_tensors(name, q, k, v)
     for x in (q, k, v):
         ctx.check_local(name, x, 1)
+    cu_seqlens = documents_of(name, cu_seqlens, ctx, q.device)
     check_options(name, q, k, causal, window, scale, cu_seqlens)
     _check_schedule(name, ctx.size, causal, algorithm, balance, head_ranks)
     if ctx.size == 1:
@@ -114,7 +120,7 @@ def attention(
         check_bounds(name, cu_seqlens, ctx.total_tokens)
     mask = _mask(causal, window, cu_seqlens, ctx.total_tokens)
     sizes = _sizes(q, k, v)
-    plan = cost.choose(ctx.bounds, ctx.rank, mask, sizes, q.device.type, algorithm, head_ranks, balance)
+    plan = cost.choose(ctx.cuts, ctx.rank, mask, sizes, q.device.type, algorithm, head_ranks, balance, ctx.layout)
     has_parts = plan.gathered or plan.route.size > 1
     must = "backend must be one of {} for the parts of a ring or of gathered keys"
     check(name, not has_parts or backend in PARTS, must, backend, ", ".join(map(repr, PARTS)))

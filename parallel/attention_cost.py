@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from seqengine.parallel import cost
 from seqengine.parallel.attention_exchange import Places, common
-from seqengine.parallel.attention_plan import Interval, Mask, Plan, gather_plan, head_ranges, ring_plan
+from seqengine.parallel.attention_plan import Mask, Plan, gather_plan, head_ranges, keys_seen, ring_plan
+from seqengine.parallel.layout import Intervals, Layout, count, parts_of
 
 FLOPS = {"cpu": 5e10, "cuda": 4e14}
 """Assumed arithmetic per second of one rank in attention."""
@@ -25,24 +26,24 @@ class Sizes(NamedTuple):
     sum_bytes: int
 
 
-def distribute_bytes(places: Places, bounds: Sequence[int], rank: int, row_bytes: Sequence[int]) -> int:
+def distribute_bytes(places: Places, parts: Sequence[Intervals], rank: int, row_bytes: Sequence[int]) -> int:
     """`distribute`. row_bytes: by tensor, one token of one head, batch included."""
     return sum(
         (stop - start) * (heads[other][1] - heads[other][0]) * n
-        for other in range(len(bounds) - 1)
+        for other in range(len(parts))
         if other != rank
-        for (start, stop), _ in common(places, rank, other, bounds)
+        for (start, stop), _ in common(places, rank, other, parts)
         for heads, n in zip(places.heads, row_bytes, strict=True)
     )
 
 
-def collect_bytes(places: Places, bounds: Sequence[int], rank: int, row_bytes: Sequence[int]) -> int:
+def collect_bytes(places: Places, parts: Sequence[Intervals], rank: int, row_bytes: Sequence[int]) -> int:
     """`collect`, and the backward of `distribute`."""
     return sum(
         (stop - start) * (heads[rank][1] - heads[rank][0]) * n
-        for other in range(len(bounds) - 1)
+        for other in range(len(parts))
         if other != rank
-        for (start, stop), _ in common(places, other, rank, bounds)
+        for (start, stop), _ in common(places, other, rank, parts)
         for heads, n in zip(places.heads, row_bytes, strict=True)
     )
 
@@ -71,28 +72,28 @@ def _ring_rows(plan: Plan, sizes: Sizes) -> int:
 def attention_bytes(plan: Plan, sizes: Sizes, return_lse: bool = False) -> int:
     """Forward of the twin `attention`."""
     B, H, G, K, V, element, of_sum = sizes
-    bounds, rank, route = plan.bounds, plan.rank, plan.route
+    parts, rank, route = plan.parts, plan.rank, plan.route
     if plan.gathered:
-        return distribute_bytes(key_places(plan, G), bounds, rank, [B * K * element, B * V * element])
+        return distribute_bytes(key_places(plan, G), parts, rank, [B * K * element, B * V * element])
     index = route.members.index(rank)
     found = cost.ring_bytes(route.sizes, route.spans, index, _ring_rows(plan, sizes) * element)
     if plan.moved:
-        found += distribute_bytes(input_places(plan, H, G), bounds, rank, [B * n * element for n in (K, K, V)])
-        found += collect_bytes(query_places(plan, H), bounds, rank, [B * (V * element + return_lse * of_sum)])
+        found += distribute_bytes(input_places(plan, H, G), parts, rank, [B * n * element for n in (K, K, V)])
+        found += collect_bytes(query_places(plan, H), parts, rank, [B * (V * element + return_lse * of_sum)])
     return found
 
 
 def attention_backward_bytes(plan: Plan, sizes: Sizes, lse_gradient: bool = False) -> int:
     """Its backward: the exchanges the other way, and in a ring the blocks once more. lse_gradient: lse has a cotangent."""
     B, H, G, K, V, element, of_sum = sizes
-    bounds, rank, route = plan.bounds, plan.rank, plan.route
+    parts, rank, route = plan.parts, plan.rank, plan.route
     if plan.gathered:
-        return collect_bytes(key_places(plan, G), bounds, rank, [B * K * element, B * V * element])
+        return collect_bytes(key_places(plan, G), parts, rank, [B * K * element, B * V * element])
     index, row = route.members.index(rank), _ring_rows(plan, sizes)
     found = cost.ring_backward_bytes(route.sizes, route.spans, index, row * element, row * of_sum)
     if plan.moved:
-        found += distribute_bytes(query_places(plan, H), bounds, rank, [B * (V * element + lse_gradient * of_sum)])
-        found += collect_bytes(input_places(plan, H, G), bounds, rank, [B * n * element for n in (K, K, V)])
+        found += distribute_bytes(query_places(plan, H), parts, rank, [B * (V * element + lse_gradient * of_sum)])
+        found += collect_bytes(input_places(plan, H, G), parts, rank, [B * n * element for n in (K, K, V)])
     return found
 
 
@@ -124,7 +125,7 @@ def widest_head_ranks(ranks: int, heads: int, groups: int) -> int:
     return max(fits)
 
 
-def algorithm(bounds: tuple[int, ...], mask: Mask, sizes: Sizes) -> str:
+def algorithm(cuts: tuple[int, ...], mask: Mask, sizes: Sizes, layout: Layout = "contiguous") -> str:
     """What the twin does with algorithm="auto". The same on all ranks.
 
     1. gather, if a window or documents keep what every rank needs of others within the size of the largest shard.
@@ -133,24 +134,24 @@ def algorithm(bounds: tuple[int, ...], mask: Mask, sizes: Sizes) -> str:
        order.
     """
     if mask.window is not None or len(mask.documents) > 2:
-        shards: list[Interval] = list(pairwise(bounds))
-        spans = [mask.keys_of(shard) for shard in shards]
-        remote = max((high - low) - (b - a) for (low, high), (a, b) in zip(spans, shards, strict=True))
-        if remote <= max(b - a for a, b in shards):
+        parts = parts_of(cuts, layout)
+        remote = max(count(keys_seen(mask, held)) - count(held) for held in parts)
+        if remote <= max(map(count, parts)):
             return "gather"
-    return _fewest_bytes(bounds, Mask(mask.causal, mask.window, (0, bounds[-1])), sizes)
+    return _fewest_bytes(cuts, Mask(mask.causal, mask.window, (0, cuts[-1])), sizes, layout)
 
 
 @lru_cache(maxsize=256)
-def _fewest_bytes(bounds: tuple[int, ...], mask: Mask, sizes: Sizes) -> str:
+def _fewest_bytes(cuts: tuple[int, ...], mask: Mask, sizes: Sizes, layout: Layout) -> str:
     """Rule 2 of `algorithm`."""
-    ranks = len(bounds) - 1
+    ranks = len(parts_of(cuts, layout))
     widest = widest_head_ranks(ranks, sizes.heads, sizes.groups)
     candidates = {"ulysses": ranks} if shares_heads(ranks, sizes.heads, sizes.groups) else {}
     candidates |= {"ring_ulysses": widest, "ring": 1} if 1 < widest < ranks else {"ring": 1}
 
     def busiest(name: str) -> int:
-        plans = [ring_plan(bounds, r, mask, sizes.heads, sizes.groups, candidates[name], False) for r in range(ranks)]
+        width = candidates[name]
+        plans = [ring_plan(cuts, r, mask, sizes.heads, sizes.groups, width, False, layout) for r in range(ranks)]
         return max(attention_bytes(p, sizes) + attention_backward_bytes(p, sizes) for p in plans)
 
     return min(candidates, key=busiest)
@@ -158,7 +159,7 @@ def _fewest_bytes(bounds: tuple[int, ...], mask: Mask, sizes: Sizes) -> str:
 
 @lru_cache(maxsize=256)
 def choose(
-    bounds: tuple[int, ...],
+    cuts: tuple[int, ...],
     rank: int,
     mask: Mask,
     sizes: Sizes,
@@ -166,17 +167,17 @@ def choose(
     chosen: str,
     head_ranks: int | None,
     balance: bool | None,
+    layout: Layout = "contiguous",
 ) -> Plan:
-    """The plan of an algorithm, `auto` included."""
-    ranks = len(bounds) - 1
+    """The plan of an algorithm, `auto` included. A zigzag context is balanced as it is, if balance is None."""
+    ranks = len(parts_of(cuts, layout))
     if chosen == "auto":
-        chosen = algorithm(bounds, mask, sizes)
+        chosen = algorithm(cuts, mask, sizes, layout)
     if chosen == "gather":
-        return gather_plan(bounds, rank, mask, sizes.heads, sizes.groups)
+        return gather_plan(cuts, rank, mask, sizes.heads, sizes.groups, layout)
     if head_ranks is None:
         widest = widest_head_ranks(ranks, sizes.heads, sizes.groups)
         head_ranks = {"ring": 1, "ulysses": ranks, "ring_ulysses": widest}[chosen]
     if balance is None:
-        of_members = tuple(bounds[::head_ranks])
-        balance = should_balance(of_members, mask, sizes, device)
-    return ring_plan(bounds, rank, mask, sizes.heads, sizes.groups, head_ranks, balance)
+        balance = layout == "contiguous" and should_balance(tuple(cuts[::head_ranks]), mask, sizes, device)
+    return ring_plan(cuts, rank, mask, sizes.heads, sizes.groups, head_ranks, balance, layout)

@@ -7,7 +7,7 @@ needs of others (overlapping tokens, all heads). A token of a head may be given 
 References: Jacobs et al. 2023, arXiv:2309.14509; Fang and Zhao 2024, arXiv:2405.07719 (with a ring).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seqengine.parallel import comm
-from seqengine.parallel.attention_plan import Interval, Intervals, count
 from seqengine.parallel.context import SequenceContext
-from seqengine.parallel.layout import overlap
+from seqengine.parallel.layout import Interval, Intervals, common_rows, count
 
 
 @dataclass(frozen=True)
@@ -43,14 +42,9 @@ def collect(x: Tensor, heads: Intervals, total: int, tokens: tuple[Intervals, ..
     return back
 
 
-def common(places: Places, owner: int, holder: int, bounds: Sequence[int]) -> Iterator[tuple[Interval, Interval]]:
+def common(places: Places, owner: int, holder: int, parts: Sequence[Intervals]) -> list[tuple[Interval, Interval]]:
     """Tokens of `owner` that `holder` gets, as (rows of the owner's part, rows of what the holder has)."""
-    row, start = 0, bounds[owner]
-    for a, b in places.tokens[holder]:
-        first, last = overlap((a, b), (start, bounds[owner + 1]))
-        if last > first:
-            yield (first - start, last - start), (row + first - a, row + last - a)
-        row += b - a
+    return common_rows(parts[owner], places.tokens[holder])
 
 
 def _exchange(
@@ -92,8 +86,8 @@ def _rectangles(
     """(by rank and tensor, of the own part, what that rank gets; of what this rank holds, what comes from that rank)."""
     given, held = [], []
     for rank in range(ctx.size):
-        to_rank = list(common(places, ctx.rank, rank, ctx.bounds))
-        from_rank = list(common(places, rank, ctx.rank, ctx.bounds))
+        to_rank = common(places, ctx.rank, rank, ctx.parts)
+        from_rank = common(places, rank, ctx.rank, ctx.parts)
         for heads in places.heads:
             given.append([(slice(*rows), slice(*heads[rank])) for rows, _ in to_rank])
             width = heads[ctx.rank][1] - heads[ctx.rank][0]

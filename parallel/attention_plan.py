@@ -7,17 +7,23 @@ round. `Plan` says which queries and which heads a rank works on, and with whom 
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 from seqengine.parallel.exchange.ring import Route
-from seqengine.parallel.layout import offsets, overlap, split_sizes
-
-Interval = tuple[int, int]
-Intervals = tuple[Interval, ...]
+from seqengine.parallel.layout import (
+    Interval,
+    Intervals,
+    Layout,
+    count,
+    offsets,
+    overlap,
+    parts_of,
+    split_sizes,
+    zigzag_cuts,
+)
 
 
 class Piece(NamedTuple):
@@ -125,19 +131,19 @@ def head_ranges(ranks: int, heads: int, groups: int) -> tuple[Intervals, Interva
 
 def zigzag(tokens: int, ranks: int) -> tuple[Intervals, ...]:
     """2 P chunks, r and 2 P - 1 - r to rank r: each has the same share of a causal triangle."""
-    chunks = list(pairwise(offsets(split_sizes(tokens, 2 * ranks))))
-    return tuple((chunks[r], chunks[-1 - r]) for r in range(ranks))
+    return parts_of(zigzag_cuts(tokens, ranks), "zigzag")
 
 
 @dataclass(frozen=True)
 class Plan:
     """What each rank holds while it computes.
 
-    queries, keys: tokens by rank; heads, groups: by rank; route: of this rank's ring, whose blocks are `keys` of its members.
+    parts: tokens by rank as the context cuts them; queries, keys: as they lie while computing; heads, groups: by rank.
+    route: of this rank's ring, whose blocks are `keys` of its members.
     moved: queries have to be brought to that place, and results back. gathered: keys have to be.
     """
 
-    bounds: tuple[int, ...]
+    parts: tuple[Intervals, ...]
     rank: int
     mask: Mask
     queries: tuple[Intervals, ...]
@@ -169,10 +175,6 @@ def _pieces(mask: Mask, queries: Intervals, keys: Intervals) -> list[Piece]:
         else:
             found[-1] = joined
     return found
-
-
-def count(held: Intervals) -> int:
-    return sum(b - a for a, b in held)
 
 
 def _rows(held: Intervals, tokens: Interval) -> Interval:
@@ -209,31 +211,56 @@ def ring_spans(mask: Mask, held: tuple[Intervals, ...]) -> tuple[tuple[int, int]
 
 @lru_cache(maxsize=256)
 def ring_plan(
-    bounds: tuple[int, ...], rank: int, mask: Mask, heads: int, groups: int, head_ranks: int, balance: bool
+    cuts: tuple[int, ...],
+    rank: int,
+    mask: Mask,
+    heads: int,
+    groups: int,
+    head_ranks: int,
+    balance: bool,
+    layout: Layout = "contiguous",
 ) -> Plan:
-    """Rings across groups of `head_ranks` consecutive ranks that divide the heads. 1: a ring; all: Ulysses, without a ring."""
-    ranks = len(bounds) - 1
+    """Rings across groups of `head_ranks` consecutive ranks that divide the heads. 1: a ring; all: Ulysses, without a ring.
+
+    cuts: of the context, in its layout. The ranks of a group hold neighbouring chunks, so that a group of a zigzag context
+    has two intervals, as a rank has, and nothing moves between groups but for balance.
+    """
+    parts = parts_of(cuts, layout)
+    ranks = len(parts)
     size = ranks // head_ranks
-    held: Sequence[Intervals]
+    held = parts_of(cuts[::head_ranks], layout)
+    moved = head_ranks > 1
     if balance and size > 1:
-        held = zigzag(bounds[-1], size)
-    else:
-        held = [((bounds[m * head_ranks], bounds[(m + 1) * head_ranks]),) for m in range(size)]
+        balanced = zigzag(cuts[-1], size)
+        moved, held = moved or held != balanced, balanced
+    if size == 1:
+        held = (((0, cuts[-1]),),)
     tokens = tuple(held[r // head_ranks] for r in range(ranks))
     of_heads, of_groups = head_ranges(head_ranks, heads, groups)
     members = range(rank % head_ranks, ranks, head_ranks)
     sizes = tuple(count(x) for x in held)
-    route = Route(tuple(members), sizes, ring_spans(mask, tuple(held)))
-    moved = head_ranks > 1 or (balance and size > 1)
-    return Plan(bounds, rank, mask, tokens, tokens, of_heads * size, of_groups * size, route, moved, False)
+    route = Route(tuple(members), sizes, ring_spans(mask, held))
+    return Plan(parts, rank, mask, tokens, tokens, of_heads * size, of_groups * size, route, moved, False)
+
+
+def keys_seen(mask: Mask, queries: Intervals) -> Intervals:
+    """All keys that some of the queries see, in intervals that do not touch."""
+    found: list[Interval] = []
+    for low, high in sorted(mask.keys_of(q) for q in queries):
+        if found and low <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], high))
+        elif low < high or len(queries) == 1:
+            found.append((low, high))
+    return tuple(found)
 
 
 @lru_cache(maxsize=256)
-def gather_plan(bounds: tuple[int, ...], rank: int, mask: Mask, heads: int, groups: int) -> Plan:
+def gather_plan(
+    cuts: tuple[int, ...], rank: int, mask: Mask, heads: int, groups: int, layout: Layout = "contiguous"
+) -> Plan:
     """Queries stay; each rank gets the keys that its queries see."""
-    ranks = len(bounds) - 1
-    queries = tuple(((a, b),) for a, b in pairwise(bounds))
-    keys = tuple((mask.keys_of(q),) for (q,) in queries)
-    own = keys[rank][0]
-    route = Route.of([rank], [own[1] - own[0]], None)
-    return Plan(bounds, rank, mask, queries, keys, ((0, heads),) * ranks, ((0, groups),) * ranks, route, False, True)
+    queries = parts_of(cuts, layout)
+    ranks = len(queries)
+    keys = tuple(keys_seen(mask, held) for held in queries)
+    route = Route.of([rank], [count(keys[rank])], None)
+    return Plan(queries, rank, mask, queries, keys, ((0, heads),) * ranks, ((0, groups),) * ranks, route, False, True)

@@ -3,49 +3,33 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
-from seqengine.parallel.layout import halo_sources, halo_targets, split_sizes
+from seqengine.parallel.layout import Intervals, common_rows, halo_sources, halo_targets
 
 
-def halo_bytes(bounds: Sequence[int], rank: int, left: int, row_bytes: int) -> int:
+def halo_bytes(
+    bounds: Sequence[int], rank: int, left: int, row_bytes: int, documents: Sequence[int] | None = None
+) -> int:
     """Forward of `halo`: the positions that later ranks need of this one. row_bytes: all elements of one position."""
-    return sum((stop - start) * row_bytes for _, start, stop in halo_targets(bounds, rank, left))
+    return sum((stop - start) * row_bytes for _, start, stop in halo_targets(bounds, rank, left, documents))
 
 
-def halo_backward_bytes(bounds: Sequence[int], rank: int, left: int, row_bytes: int) -> int:
+def halo_backward_bytes(
+    bounds: Sequence[int], rank: int, left: int, row_bytes: int, documents: Sequence[int] | None = None
+) -> int:
     """Backward of `halo`: the gradients of what was received."""
-    return sum((stop - start) * row_bytes for _, start, stop in halo_sources(bounds, rank, left))
+    return sum((stop - start) * row_bytes for _, start, stop in halo_sources(bounds, rank, left, documents))
 
 
-def to_channels_bytes(bounds: Sequence[int], rank: int, channels: int, element_bytes: int) -> int:
-    """`transpose` from this rank's tokens of all channels to all tokens of its channels.
-
-    element_bytes: bytes of one token of one channel, batch included.
-    """
-    tokens = bounds[rank + 1] - bounds[rank]
-    mine = split_sizes(channels, len(bounds) - 1)[rank]
-    return tokens * (channels - mine) * element_bytes
-
-
-def to_tokens_bytes(bounds: Sequence[int], rank: int, channels: int, element_bytes: int) -> int:
-    """The way back, which is also the backward of `to_channels_bytes`."""
-    tokens = bounds[rank + 1] - bounds[rank]
-    mine = split_sizes(channels, len(bounds) - 1)[rank]
-    return (bounds[-1] - tokens) * mine * element_bytes
-
-
-def long_conv_algorithm(bounds: Sequence[int], taps: int) -> Literal["halo", "transpose"]:
-    """The one that sends less: a halo of taps - 1 positions a rank, or two tensors of which (P - 1) / P leave each rank."""
-    P, total = len(bounds) - 1, bounds[-1]
-    return "halo" if (taps - 1) * P * P < 2 * (P - 1) * total else "transpose"
-
-
-def long_conv_bytes(bounds: Sequence[int], rank: int, channels: int, element_bytes: int) -> int:
-    """The two tensors of `long_conv`, its gated input and its output. The backward sends the same number."""
-    there = to_channels_bytes(bounds, rank, channels, element_bytes)
-    back = to_tokens_bytes(bounds, rank, channels, element_bytes)
-    return there + back
+def relayout_bytes(source: Sequence[Intervals], target: Sequence[Intervals], rank: int, row_bytes: int) -> int:
+    """`relayout` from one context's `parts` to another's; its backward is the way back. row_bytes: all elements of a token."""
+    tokens = sum(
+        rows[1] - rows[0]
+        for other, held in enumerate(target)
+        if other != rank
+        for rows, _ in common_rows(source[rank], held)
+    )
+    return tokens * row_bytes
 
 
 @dataclass(frozen=True)

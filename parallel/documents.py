@@ -14,8 +14,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from seqengine.kernels.checks import check
 from seqengine.parallel.context import SequenceContext
 from seqengine.parallel.layout import offsets
+
+
+def documents_of(name: str, cu_seqlens: Tensor | None, ctx: SequenceContext, device: torch.device) -> Tensor | None:
+    """The boundaries that a twin was given, or else those of its context; ValueError if they are two different ones."""
+    if ctx.documents is None:
+        return cu_seqlens
+    if cu_seqlens is not None:
+        is_same = cu_seqlens.ndim == 1 and tuple(cu_seqlens.tolist()) == ctx.documents
+        check(name, is_same, "cu_seqlens must be None or those of the context, {}", cu_seqlens.tolist(), ctx.documents)
+        return cu_seqlens
+    return torch.tensor(ctx.documents, dtype=torch.int64, device=device)
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,7 @@ def _counts(positions: list[int], bounds: Sequence[int]) -> tuple[int, ...]:
 
 def _context_of(counts: tuple[int, ...], ctx: SequenceContext) -> SequenceContext:
     """Documents in the place of tokens."""
-    return SequenceContext(ctx.group, ctx.rank, counts, ctx.ledger())
+    return SequenceContext(ctx.group, ctx.rank, counts, _ledger=ctx.ledger())
 
 
 class _Rows(torch.autograd.Function):

@@ -22,13 +22,20 @@ from seqengine.kernels import api as kernels
 from seqengine.kernels.checks import check_bounds
 from seqengine.kernels.linear_attention.op import Backend, NormalizedState
 from seqengine.parallel import cost
+from seqengine.parallel.compiled import breaks_graph
 from seqengine.parallel.context import SequenceContext
-from seqengine.parallel.documents import Documents
+from seqengine.parallel.documents import Documents, documents_of
+from seqengine.parallel.exchange.relayout import on_contiguous
 from seqengine.parallel.exchange.scan import Algorithm
 from seqengine.parallel.layout import split_sizes
 from seqengine.parallel.linear_attention_exchange import Exchange, Part, Tokens
 
+TOKENS = {"q": 1, "k": 1, "v": 1, "g": 1}
+"""Arguments with a token dim."""
 
+
+@breaks_graph
+@on_contiguous(TOKENS, output=1, documents=True)
 def gla(
     q: Tensor,
     k: Tensor,
@@ -50,11 +57,13 @@ def gla(
     Local in:  q, k, g [B, T, H, K], v [B, T, H, V], T = ctx.local_tokens; initial_state [B, H, K, V], the state before the
                global first token, the same on all ranks. With cu_seqlens [M + 1], B is 1: the boundaries in the joined
                sequence, the same on all ranks, wherever the ranks cut it; initial_state is [M, H, K, V], one a document.
+               None: ctx.documents, if it has some.
     Local out: (o [B, T, H, V], final state or None). join(o) == kernels.gla(join(q), ...); the final state is the one after
                the global last token, or after each document, the same on every rank.
     Traffic:   a `scan` of B * H * (K V + K) numbers, whatever T is, and in the backward of B * H * K V (+ K but for gather).
                With cu_seqlens also the final states from where documents end to all, and the gradients of the initial ones
                from where they begin: `cost.gla_bytes`, `cost.gla_backward_bytes`. algorithm and node_size as in `scan`.
+               A zigzag context: q, k, v, g to contiguous parts and o back by `relayout`, `cost.relayout_bytes` more.
     Overlap:   with head_groups > 1 the exchange of a group runs while another is computed, forward and backward; that costs a
                copy of o and of the gradients. None: `cost.modal_conv_groups`.
     Memory:    as the kernel, and the state that comes in. cu_seqlens is read on the host.
@@ -63,6 +72,7 @@ def gla(
     Order:     every rank must call, and must run the backward. With ctx.size == 1 it is the kernel and nothing is sent.
     Raises:    ValueError if shapes or dtypes do not fit, before any message.
     """
+    cu_seqlens = documents_of("gla", cu_seqlens, ctx, q.device)
     options = {"scale": scale, "cu_seqlens": cu_seqlens, "backend": backend}
     if ctx.size == 1:
         return kernels.gla(
@@ -83,6 +93,8 @@ def gla(
     return call(Tokens(q, k, v, g), state, initial_state is None, output_final_state, cu_seqlens, ctx)
 
 
+@breaks_graph
+@on_contiguous(TOKENS, output=1, documents=True)
 def simple_gla(
     q: Tensor,
     k: Tensor,
@@ -110,6 +122,7 @@ def simple_gla(
     Gradients: as in `gla`; of g [H] this rank's partial sum.
     Overlap, Memory, Order, Raises: as in `gla`.
     """
+    cu_seqlens = documents_of("simple_gla", cu_seqlens, ctx, q.device)
     options = {"scale": scale, "cu_seqlens": cu_seqlens, "normalize": normalize, "backend": backend}
     if ctx.size == 1:
         return kernels.simple_gla(

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from seqengine.kernels import api as kernels
 from seqengine.parallel import comm
+from seqengine.parallel.compiled import breaks_graph
 from seqengine.parallel.context import SequenceContext
 
 
+@breaks_graph
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -21,7 +23,8 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """`kernels.linear_cross_entropy` of the joined sequence: (sum of nats, number of tokens), the same on every rank.
 
-    Local in:  hidden [..., D], labels [...] of this rank's tokens. Labels are shifted before the sequence is split.
+    Local in:  hidden [..., D], labels [...] of this rank's tokens, in any layout. Labels are shifted before the sequence is
+               split.
     Traffic:   one all-reduce of two numbers; none in the backward.
     Gradients: d hidden local; d weight this rank's partial sum. The result counts once: call backward on every rank with the
                same upstream gradient, for example (nats / total).backward() with the total over all micro-batches.

@@ -18,7 +18,9 @@ from seqengine.kernels import api as kernels
 from seqengine.kernels.modal.filter import complex_modes, powers, real_modes, to_double
 from seqengine.kernels.modal.op import Backend
 from seqengine.parallel import cost
+from seqengine.parallel.compiled import breaks_graph
 from seqengine.parallel.context import SequenceContext
+from seqengine.parallel.exchange.relayout import on_contiguous
 from seqengine.parallel.exchange.scan import Algorithm, start_scan
 from seqengine.parallel.layout import split_sizes
 from seqengine.parallel.summary import FixedDecay, Summary
@@ -27,6 +29,8 @@ BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 """Numbers of one block of channels: in the cache of a CPU; on a GPU only a bound on memory."""
 
 
+@breaks_graph
+@on_contiguous({"u": 2, "pre_gate": 2, "post_gate": 2}, output=2, documents=False)
 def modal_conv(
     u: Tensor,
     log_poles: Tensor,
@@ -50,14 +54,15 @@ def modal_conv(
     Local out: (y [B, D, T], final state or None). join(y) == kernels.modal_conv(join(u), ...); the final state is the one after
                the global last token, the same on every rank.
     Traffic:   a `scan` of B * D * N numbers, whatever T is: `cost.scan_bytes` of the state, no transition. algorithm and
-               node_size as in `scan`.
+               node_size as in `scan`. A zigzag context: u and the gates to contiguous parts and y back by `relayout`,
+               `cost.relayout_bytes` more.
     Overlap:   with channel_groups > 1 the exchange of a group runs while the sums or outputs of another are computed, forward
                and backward; that costs a copy of y and du. None: `cost.modal_conv_groups`.
     Memory:    as the kernel, and the state that comes in.
     Gradients: of u and the gates local; of log_poles, residues and skip this rank's partial sums. initial_state and the final
                state count once: see `scan`. A second derivative raises RuntimeError if P > 1.
     Order:     every rank must call, and must run the backward. With ctx.size == 1 it is the kernel and nothing is sent.
-    Raises:    ValueError if shapes or dtypes do not fit, before any message.
+    Raises:    ValueError if shapes or dtypes do not fit, or the context has documents, before any message.
     """
     if ctx.size == 1:
         return kernels.modal_conv(

@@ -19,6 +19,7 @@ from seqengine.kernels.checks import check, check_floats, check_shape
 from seqengine.parallel import comm
 from seqengine.parallel.context import SequenceContext
 from seqengine.parallel.exchange.ring import Blocks, Route, return_ring, visit_ring
+from seqengine.parallel.layout import offsets
 
 
 def ring_self_attention(
@@ -41,7 +42,7 @@ def ring_self_attention(
     route = Route.of(range(ctx.size), ctx.sizes, None)
     scores: Tensor = _Scores.apply(q * factor, k, route, ctx)  # type: ignore[no-untyped-call]
     if causal:
-        everyone = torch.arange(ctx.total_tokens, device=q.device)
+        everyone = torch.cat([torch.arange(a, b, device=q.device) for held in ctx.parts for a, b in held])
         scores = scores.masked_fill(everyone > ctx.positions(q.device)[:, None], -torch.inf)
     weights = torch.softmax(scores, dim=-1)
     out: Tensor = _Values.apply(weights, v, route, ctx)  # type: ignore[no-untyped-call]
@@ -102,11 +103,11 @@ class _Scores(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, route: Route, context: SequenceContext) -> Tensor:
         ctx.save_for_backward(q, k)
         ctx.how = (route, context)
-        (B, T, H, _), bounds = q.shape, context.bounds
+        (B, T, H, _), columns = q.shape, offsets(context.sizes)
         scores = torch.empty(B, H, T, context.total_tokens, dtype=q.dtype, device=q.device)
 
         def visit(source: int, blocks: Blocks) -> None:
-            scores[..., bounds[source] : bounds[source + 1]] = torch.einsum("bthk,bshk->bhts", q, blocks[0])
+            scores[..., columns[source] : columns[source + 1]] = torch.einsum("bthk,bshk->bhts", q, blocks[0])
 
         visit_ring(visit, (k,), route=route, ctx=context, dim=1)
         return scores
@@ -115,11 +116,11 @@ class _Scores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_scores: Tensor) -> tuple[Tensor | None, ...]:
         (q, k), (route, context) = ctx.saved_tensors, ctx.how
-        dq = torch.zeros_like(q)
+        dq, columns = torch.zeros_like(q), offsets(context.sizes)
 
         def visit(source: int, blocks: Blocks | None) -> list[Tensor]:
             assert blocks is not None
-            own = d_scores[..., context.bounds[source] : context.bounds[source + 1]]
+            own = d_scores[..., columns[source] : columns[source + 1]]
             dq.add_(torch.einsum("bhts,bshk->bthk", own, blocks[0]))
             return [torch.einsum("bhts,bthk->bshk", own, q)]
 
@@ -135,10 +136,10 @@ class _Values(torch.autograd.Function):
         ctx.save_for_backward(weights, v)
         ctx.how = (route, context)
         B, H, T, _ = weights.shape
-        bounds, out = context.bounds, torch.zeros(B, T, H, v.shape[-1], dtype=v.dtype, device=v.device)
+        columns, out = offsets(context.sizes), torch.zeros(B, T, H, v.shape[-1], dtype=v.dtype, device=v.device)
 
         def visit(source: int, blocks: Blocks) -> None:
-            own = weights[..., bounds[source] : bounds[source + 1]]
+            own = weights[..., columns[source] : columns[source + 1]]
             out.add_(torch.einsum("bhts,bshv->bthv", own, blocks[0]))
 
         visit_ring(visit, (v,), route=route, ctx=context, dim=1)
@@ -148,11 +149,11 @@ class _Values(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (weights, v), (route, context) = ctx.saved_tensors, ctx.how
-        d_weights = torch.empty_like(weights)
+        d_weights, bounds = torch.empty_like(weights), offsets(context.sizes)
 
         def visit(source: int, blocks: Blocks | None) -> list[Tensor]:
             assert blocks is not None
-            columns = slice(context.bounds[source], context.bounds[source + 1])
+            columns = slice(bounds[source], bounds[source + 1])
             d_weights[..., columns] = torch.einsum("bthv,bshv->bhts", dout, blocks[0])
             return [torch.einsum("bhts,bthv->bshv", weights[..., columns], dout)]
 

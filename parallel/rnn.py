@@ -7,10 +7,14 @@ from seqengine.kernels import api as kernels
 from seqengine.kernels.rnn.op import Backend
 from seqengine.kernels.rnn.reference import Cell
 from seqengine.parallel import cost
+from seqengine.parallel.compiled import breaks_graph
 from seqengine.parallel.context import SequenceContext
 from seqengine.parallel.exchange.pipeline import Tensors, pipeline
+from seqengine.parallel.exchange.relayout import on_contiguous
 
 
+@breaks_graph
+@on_contiguous({"gates": 1}, output=1, documents=False)
 def rnn(
     gates: Tensor,
     recurrent: Tensor,
@@ -30,7 +34,8 @@ def rnn(
                the global last token, the same on every rank.
     Traffic:   a `pipeline` of the state, S * B * H * K numbers, S = 1, 1, 2, 4 for elman, gru, lstm, slstm, whatever T is:
                `cost.pipeline_bytes`, and `cost.pipeline_backward_bytes` with initial_gradient if there is an initial_state,
-               whether or not it requires a gradient.
+               whether or not it requires a gradient. A zigzag context: gates to contiguous parts and h back by `relayout`,
+               `cost.relayout_bytes` more.
     Speed:     ranks work at the same time on different micro-batches only: (P - 1 + M) steps of a shard of B / M samples. One
                sequence is not faster on P ranks than on one, it is P times longer in the same memory.
                micro_batches: M, the same on every rank; None: `cost.rnn_micro_batches`, 1 for small batches.
@@ -40,7 +45,7 @@ def rnn(
                rank. A second derivative raises RuntimeError if P > 1.
     Order:     every rank must call, and must run the backward if gradients are enabled: see `pipeline`. With ctx.size == 1 it
                is the kernel and nothing is sent.
-    Raises:    ValueError if arguments do not fit, before any message.
+    Raises:    ValueError if arguments do not fit, or the context has documents, before any message.
     """
     if ctx.size == 1:
         return kernels.rnn(

@@ -15,7 +15,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -180,8 +179,8 @@ class _Line:
             at = self.order.index(self.context.rank)
             self.source = self.order[at - 1] if at > 0 else None
             self.target = self.order[at + 1] if at + 1 < len(self.order) else None
-        self._incoming: tuple[Tensor, list[dist.Work]] | None = None
-        self._outgoing: list[tuple[Tensor, list[dist.Work]]] = []  # tensors have to live until they are sent
+        self._incoming: tuple[Tensor, list[comm.Work]] | None = None
+        self._outgoing: list[tuple[Tensor, list[comm.Work]]] = []  # tensors have to live until they are sent
 
     def _message(self, samples: int) -> Tensor:
         first = self.like[0]
@@ -197,7 +196,8 @@ class _Line:
         """Post the receive of the next state; nothing on the first rank of the line."""
         if self.source is not None:
             message = self._message(samples)
-            self._incoming = message, comm.start_receive(message, self.source, self.context.require_group())
+            group, ledger = self.context.require_group(), self.context.ledger()
+            self._incoming = message, comm.start_receive(message, self.source, group, ledger, "pipeline")
 
     def take(self, samples: int) -> Tensors:
         """Wait for the state that is expected."""

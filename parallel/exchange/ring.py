@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -96,14 +95,14 @@ class _Wire:
         parts = message.split([shape.numel() for shape in shapes])
         return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
 
-    def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> list[dist.Work]:
+    def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> list[comm.Work]:
         sends, receives = ([(peer, t) for peer, t in pairs if t.numel() > 0] for pairs in (sends, receives))
         if not sends and not receives:
             return []
         group, ledger = self.context.require_group(), self.context.ledger()
         return comm.start_send_and_receive(sends, receives, group, ledger, "ring")
 
-    def pass_on(self, step: int, held: Tensor | None) -> tuple[Tensor | None, list[dist.Work]]:
+    def pass_on(self, step: int, held: Tensor | None) -> tuple[Tensor | None, list[comm.Work]]:
         """Start to send the block of this step and to receive the next one."""
         sends: list[tuple[int, Tensor]] = []
         receives: list[tuple[int, Tensor]] = []
@@ -117,7 +116,7 @@ class _Wire:
 
     def pass_gradient_on(
         self, step: int, total: Tensor | None, dtype: torch.dtype
-    ) -> tuple[Tensor | None, Tensor | None, list[dist.Work]]:
+    ) -> tuple[Tensor | None, Tensor | None, list[comm.Work]]:
         """Start to send the gradient of this step's block on, or home. Returns the buffers of what arrives: the gradient
         of the next step's block, and of the own one."""
         sends: list[tuple[int, Tensor]] = []
@@ -141,7 +140,7 @@ def _pack(blocks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat([x.reshape(-1).to(dtype) for x in blocks])
 
 
-def _wait(works: Sequence[dist.Work]) -> None:
+def _wait(works: Sequence[comm.Work]) -> None:
     for work in works:
         work.wait()
 
@@ -185,7 +184,7 @@ def return_ring(
     mine = wire.empty(wire.index, dtype).zero_()
     carried: Tensor | None = None
     home: Tensor | None = None
-    gradient_works: list[dist.Work] = []
+    gradient_works: list[comm.Work] = []
     for step in range(route.size):
         source = wire.source(step)
         arriving, works = wire.pass_on(step, held) if travel else (None, [])

@@ -16,7 +16,6 @@ from functools import reduce
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -85,6 +84,7 @@ def start_scan(
         log_decay, state = summary
         summary = Summary(Decay(log_decay), state)
     name, state = "scan", summary.state
+    ctx.require_contiguous(name)
     transition = check_summary(name, summary, ctx.local_tokens)
     check(name, algorithm in get_args(Algorithm), "algorithm must be one of {}", algorithm, get_args(Algorithm))
     check(name, node_size is None or node_size >= 1, "node_size must be >= 1", node_size)
@@ -131,7 +131,7 @@ class _Result(NamedTuple):
     transitions: dict[int, Transition]  # by rank, where they were gathered
 
 
-Steps = Generator[list[dist.Work], None, Any]
+Steps = Generator[list[comm.Work], None, Any]
 """A part of an exchange: yields what has to be waited for, returns what it found."""
 
 
@@ -144,7 +144,7 @@ class _Running:
     def __init__(self, steps: Steps):
         self._steps = steps
         self._result: _Result | None = None
-        self._works: list[dist.Work] = []
+        self._works: list[comm.Work] = []
         self._advance()
 
     def _advance(self) -> None:
@@ -176,7 +176,8 @@ class _Exchange:
     met: tuple[Transition, Tensor] | None = None  # in the backward: this rank's transition and the state before it
 
     def transition(self, value: Tensor, rank: int) -> Transition:
-        return self.kind.of(value, self.context.sizes[rank])
+        bounds = self.context.bounds
+        return self.kind.of(value, bounds[rank + 1] - bounds[rank])
 
     def begin(self, mine: Summary, first: Tensor) -> None:
         wire = _Wire(self.context, self.reverse, mine)
@@ -262,7 +263,8 @@ class _Wire:
 
     def tokens(self, start: int, stop: int) -> int:
         """Of the positions start .. stop-1."""
-        return sum(self.context.sizes[self.rank(p)] for p in range(start, stop))
+        bounds, size = self.context.bounds, self.size
+        return bounds[size - start] - bounds[size - stop] if self.reverse else bounds[stop] - bounds[start]
 
     def unpack(self, message: Tensor, start: int, stop: int, is_state: bool) -> Summary:
         """The map of the positions start .. stop-1; of a state alone a constant one."""

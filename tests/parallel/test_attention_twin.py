@@ -1,5 +1,8 @@
 """attention on P ranks is the kernel on the whole: out, lse, every gradient, every algorithm, bytes as predicted."""
 
+import itertools
+import random
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ from seqengine.parallel import attention_cost
 from seqengine.parallel.api import SequenceContext
 from seqengine.parallel.attention_exchange import collect, distribute
 from seqengine.parallel.attention_plan import Mask, gather_plan, ring_plan
+from tests.parallel.test_attention_plan import draw, whole_mask
 from tests.ranks import run_ranks
 from tests.tolerances import RELATIVE, assert_close
 
@@ -70,7 +74,7 @@ def expected_bytes(ctx, q, k, v, mask, schedule):
     window = None if window is None or window >= T else window
     rule = Mask(mask["causal"], window, tuple(sorted({0, T, *ends})))
     options = (schedule["algorithm"], schedule.get("head_ranks"), schedule.get("balance"))
-    plan = attention_cost.choose(ctx.bounds, ctx.rank, rule, sizes, "cpu", *options)
+    plan = attention_cost.choose(ctx.cuts, ctx.rank, rule, sizes, "cpu", *options, ctx.layout)
     forward = attention_cost.attention_bytes(plan, sizes, return_lse=True)
     return forward, attention_cost.attention_backward_bytes(plan, sizes, lse_gradient=True)
 
@@ -88,6 +92,9 @@ def check_case(ctx, H, G, mask, schedule, wanted, also_without_lse):
     if also_without_lse:
         plain = parallel.attention(q, k, v, ctx=ctx, **mask, **schedule)
         found_without = torch.autograd.grad(plain, [q, k, v], dout)
+    if ctx.layout == "zigzag" and not schedule.get("balance"):
+        ways = {"ring": {"ring"}, "gather": {"attention"}}.get(schedule["algorithm"], {"ring", "attention"})
+        assert set(ctx.ledger().counts()) <= ways, "nothing moves for balance"
     expected = expected_bytes(ctx, q, k, v, mask, schedule) if ctx.size > 1 else (0, 0)
     assert (forward, total - forward) == expected, "bytes"
     whole_out, whole_lse, gradients, without_lse = wanted
@@ -115,14 +122,23 @@ def close(ctx, own, whole, dim, what, terms=None):
 
 def _all_cases(group, P, cases):
     failures = []
-    for cut, H, G, mask, wanted in cases:
-        ctx = SequenceContext.create(group, cut[group.rank()])
+    for number, (cut, H, G, mask, wanted) in enumerate(cases):
+        contiguous = SequenceContext.create(group, cut[group.rank()])
+        zigzag = contiguous.zigzag() if number % 2 else uneven_zigzag(contiguous)
         for i, schedule in enumerate(schedules(P, mask["causal"])):
-            try:
-                check_case(ctx, H, G, mask, schedule, wanted, (H + i) % 3 == 0)
-            except (AssertionError, IndexError, ValueError) as error:
-                failures.append(f"{cut} H={H} G={G} {mask} {schedule}: {type(error).__name__} {error}")
+            for ctx in (contiguous, zigzag) if P > 1 and (number // 2 + i) % 3 == 0 else (contiguous,):
+                try:
+                    check_case(ctx, H, G, mask, schedule, wanted, (H + i) % 3 == 0)
+                except (AssertionError, IndexError, ValueError) as error:
+                    failures.append(f"{ctx.cuts} H={H} G={G} {mask} {schedule}: {type(error).__name__} {error}")
     return failures
+
+
+def uneven_zigzag(ctx):
+    """The bounds of a context as every other boundary of twice as many chunks, some of them empty."""
+    middles = [a + (b - a) // 3 for a, b in itertools.pairwise(ctx.bounds)]
+    cuts = (0, *(x for pair in zip(middles, ctx.bounds[1:], strict=True) for x in pair))
+    return SequenceContext(ctx.group, ctx.rank, cuts, "zigzag")
 
 
 @RANKS
@@ -135,6 +151,26 @@ def test_every_algorithm_is_the_kernel_on_the_whole_and_sends_what_is_predicted(
             cases.append((cut, H, G, mask, whole(T, H, G, mask)))
     for failures in run_ranks(P, _all_cases, P, cases):
         assert not failures, "\n".join(failures[:20])
+
+
+def test_pieces_of_a_zigzag_context_compute_each_pair_that_is_seen_once_and_no_other():
+    rng = random.Random(1)
+    for _ in range(150):
+        P, T = rng.choice([2, 3, 4, 6]), rng.choice([1, 7, 16, 29])
+        cuts = (0, *sorted(rng.randrange(T + 1) for _ in range(2 * P - 1)), T)
+        documents = tuple(sorted({0, T, *(rng.randrange(T + 1) for _ in range(rng.choice([0, 0, 1, 4])))}))
+        mask = Mask(rng.random() < 0.6, rng.choice([None, None, *range(1, T)]), documents)
+        expected = whole_mask(T, mask)
+        u = rng.choice([u for u in range(1, P + 1) if P % u == 0])
+        for balance in (False, True):
+            found = torch.zeros(T, T, dtype=torch.int)
+            for rank in range(0, P, u):
+                plan = ring_plan(cuts, rank, mask, 4, 2, u, balance, "zigzag")
+                found += sum(draw(plan, T, source) for source in plan.route.members)
+            assert torch.equal(found, expected), (cuts, mask, u, balance)
+        plans = [gather_plan(cuts, rank, mask, 4, 2, "zigzag") for rank in range(P)]
+        gathered = [draw(plan, T, plan.rank) for plan in plans if attention_cost.count(plan.queries[plan.rank]) > 0]
+        assert torch.equal(sum(gathered), expected), (cuts, mask)
 
 
 def _more(group, cut):

@@ -64,6 +64,7 @@ def on_rank(group, cut, cases, dtype):
     for gated, plain, (algorithm, node_size) in cases:
         ctx.ledger().clear()
         options = {"algorithm": algorithm, "node_size": node_size}
+        options["head_groups"] = {"serial": 1, "gather": 2, "hierarchical": 3}.get(algorithm)
         result = run(parallel.delta_rule, a, gated, plain, ctx.split(do, 1), d_final, ctx=ctx, **options)
         state_bytes = B * H * K * V * dtype.itemsize
         transition_bytes = B * H * K * K * dtype.itemsize
@@ -192,6 +193,97 @@ def test_documents_are_gates_that_forget_all_at_their_first_tokens():
         assert_close(found[b : b + 1], o)
 
 
+def documents_of(cut):
+    """One document; each rank its own; across ranks and without tokens; of one token each."""
+    T, stops = sum(cut), list(itertools.accumulate(cut))
+    few = sorted(torch.randint(0, T + 1, (3,), generator=torch.Generator().manual_seed(T)).tolist())
+    return [[0, T], [0, *stops], [0, 0, *few, T, T], [0, *range(max(0, T - 5), T + 1)]]
+
+
+def packed_cases(cut):
+    """(documents, gated, plain, algorithm, node_size, head_groups)"""
+    forms = [(True, False, *WAYS[0], None), (True, True, *WAYS[0], None), (False, False, *WAYS[1], 2)]
+    forms += [(True, False, *way, groups) for way, groups in zip(WAYS[2:], (1, 3, 2), strict=True)]
+    return [(documents, *form) for documents in documents_of(cut) for form in (forms if len(cut) > 1 else forms[:2])]
+
+
+def packed_tensors(cut, documents, dtype=torch.float64):
+    rows = randn(len(documents) - 1, H, K, V, seed=30, dtype=dtype)
+    return {n: x[:1] for n, x in tensors(sum(cut), dtype).items()} | {"initial_state": rows}
+
+
+def _packed(group, cut, dtype):
+    ctx, found = SequenceContext.create(group, cut[group.rank()]), []
+    for documents, gated, plain, algorithm, node_size, head_groups in packed_cases(cut):
+        whole = packed_tensors(cut, documents, dtype)
+        do, d_final = randn(1, sum(cut), H, V, seed=20, dtype=dtype), whole["initial_state"].flip(1)
+        a = {n: ctx.split(x, 1) if n in SHARDED else x for n, x in whole.items()}
+        options = {"algorithm": algorithm, "node_size": node_size, "head_groups": head_groups, "ctx": ctx}
+        options["cu_seqlens"] = torch.tensor(documents)
+        ctx.ledger().clear()
+        result = run(parallel.delta_rule, a, gated, plain, ctx.split(do, 1), d_final, **options)
+        state, transition = H * K * V * dtype.itemsize, H * K * K * dtype.itemsize
+        if algorithm == "auto":
+            algorithm = cost.scan_algorithm(ctx.size, state, transition, node_size=node_size)
+        shared = (ctx.bounds, ctx.rank, algorithm, state, transition)
+        options = {"node_size": node_size, "documents": documents}
+        formula = cost.gla_bytes(*shared, output_final=not plain, **options)
+        formula += cost.gla_backward_bytes(*shared, initial_gradient=not plain, **options)
+        found.append((result, ctx.ledger().sent_bytes(), formula))
+    return found
+
+
+def check_packed(cut, dtype):
+    results = run_ranks(len(cut), _packed, cut, dtype)
+    for i, (documents, gated, plain, *_) in enumerate(packed_cases(cut)):
+        whole = packed_tensors(cut, documents, dtype)
+        do, d_final = randn(1, sum(cut), H, V, seed=20, dtype=dtype), whole["initial_state"].flip(1)
+        bounds = torch.tensor(documents)
+        expected = run(kernels.delta_rule, whole, gated, plain, do, d_final, cu_seqlens=bounds)
+        for name, value in expected.items():
+            parts = [r[i][0][name] for r in results]
+            what = f"{packed_cases(cut)[i]}: {name}"
+            for part in parts if name in ("final", "d_initial_state") else [torch.cat(parts, dim=1)]:
+                assert_close(part, value, what)
+        for _, sent, formula in (r[i] for r in results):
+            assert sent == formula, packed_cases(cut)[i]
+
+
+@ALL
+def test_documents_that_cross_ranks_are_the_kernel_on_the_whole_with_their_states_and_bytes(cut):
+    check_packed(cut, torch.float64)
+
+
+def test_documents_in_float32():
+    check_packed(CUTS[5], torch.float32)
+
+
+def _of_one_state(group, cut, number):
+    """A loss of the final state of one document alone."""
+    ctx = SequenceContext.create(group, cut[group.rank()])
+    whole = packed_tensors(cut, FEW)
+    a = {n: (ctx.split(x, 1) if n in SHARDED else x).clone().requires_grad_() for n, x in whole.items()}
+    _, final = parallel.delta_rule(**a, ctx=ctx, cu_seqlens=torch.tensor(FEW), output_final_state=True)
+    final[number].square().sum().backward()
+    return {n: x.grad for n, x in a.items()}
+
+
+FEW = [0, 10, 21, 21, 25, 57]
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_a_loss_of_one_final_state_has_its_gradient_on_every_rank(number):
+    cut = CUTS[5]
+    a = {n: x.clone().requires_grad_() for n, x in packed_tensors(cut, FEW).items()}
+    _, final = kernels.delta_rule(**a, cu_seqlens=torch.tensor(FEW), output_final_state=True)
+    final[number].square().sum().backward()
+    results = run_ranks(5, _of_one_state, cut, number)
+    for name, x in a.items():
+        parts = [r[name] for r in results]
+        for part in [torch.cat(parts, dim=1)] if name in SHARDED else parts:
+            assert_close(part, x.grad, name)
+
+
 def test_one_rank_is_the_kernel_with_documents_and_their_states():
     a, bounds = tensors(9), torch.tensor([0, 4, 4, 9])
     row = {n: a[n][:1] for n in SHARDED} | {"initial_state": randn(3, H, K, V, seed=30)}
@@ -228,6 +320,7 @@ def test_bad_input_raises_on_every_rank_before_any_message(rank):
         return torch.zeros(shape)
 
     good = {"q": zeros(2, T, 3, 16), "k": zeros(2, T, 3, 16), "v": zeros(2, T, 3, 5), "beta": zeros(2, T, 3)}
+    one = {n: x[:1] for n, x in good.items()}
     bad = [
         (local, {"q": zeros(2, T + 1, 3, 16)}),
         (local, {"k": zeros(2, T + 1, 3, 16)}),
@@ -243,7 +336,11 @@ def test_bad_input_raises_on_every_rank_before_any_message(rank):
         ("g must be", {"g": zeros(2, T, 1)}),
         ("g must be float64, float32", {"g": zeros(2, T, 3).long()}),
         ("initial_state must be", {"initial_state": zeros(2, 3, 5, 16)}),
-        ("cu_seqlens must be None over several ranks", {"cu_seqlens": torch.tensor([0, T])}),
+        ("must be one row", {"cu_seqlens": torch.tensor([0, 5])}),
+        ("cu_seqlens must be integers", {"cu_seqlens": torch.tensor([0.0, 5.0])} | one),
+        ("cu_seqlens must ascend from 0 to T=5", {"cu_seqlens": torch.tensor([0, 6])} | one),
+        ("initial_state must be", {"cu_seqlens": torch.tensor([0, 2, 5]), "initial_state": zeros(1, 3, 16, 5)} | one),
+        ("head_groups must be from 1 to H = 3", {"head_groups": 4}),
         ("backend must be", {"backend": "triton"}),
         ("algorithm must be one of", {"algorithm": "tree"}),
         ("node_size must be >= 1", {"node_size": 0}),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from seqengine.parallel import cost
+from seqengine.parallel import conv_cost, cost
 from seqengine.parallel.api import SequenceContext, halo, transpose
 from seqengine.parallel.layout import offsets, split_sizes
 from tests.ranks import run_ranks
@@ -104,8 +104,8 @@ def _transpose(group, cut, channels):
     sent = sent_there, ctx.ledger().sent_bytes("transpose")
     element = 2 * 8
     expected = (
-        cost.to_channels_bytes(ctx.bounds, ctx.rank, channels, element),
-        cost.to_tokens_bytes(ctx.bounds, ctx.rank, channels, element),
+        conv_cost.to_channels_bytes(ctx.bounds, ctx.rank, channels, element),
+        conv_cost.to_tokens_bytes(ctx.bounds, ctx.rank, channels, element),
     )
     return there.detach(), torch.equal(back, x) and torch.equal(guessed, x), products, sent, expected
 

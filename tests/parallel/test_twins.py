@@ -5,7 +5,7 @@ import torch
 
 from seqengine.kernels import api as kernels
 from seqengine.parallel import api as parallel
-from seqengine.parallel import cost
+from seqengine.parallel import conv_cost, cost
 from seqengine.parallel.api import SequenceContext
 from tests.ranks import run_ranks
 from tests.tolerances import assert_close
@@ -69,7 +69,7 @@ def long_rank(group, cut, T, L, filters, dtype, made=False):
     (y * ctx.split(randn(2, 4, T, seed=9, dtype=dtype), 2)).sum().backward()
     total = ctx.ledger().sent_bytes()
     element = 2 * y.element_size()
-    predicted = cost.long_conv_bytes(ctx.bounds, ctx.rank, 4, element) if ctx.size > 1 else 0
+    predicted = conv_cost.long_conv_bytes(ctx.bounds, ctx.rank, 4, element) if ctx.size > 1 else 0
     assert (forward, total - forward) == (predicted, predicted)
     return {"y": y.detach(), "made": made_for, **{f"d_{n}": t.grad for n, t in a.items()}}
 
@@ -146,9 +146,9 @@ def test_long_conv_with_states(cut, L, algorithm):
 
 def test_a_short_filter_takes_the_halo_and_a_long_one_the_transpose():
     bounds = (0, 1000, 2000, 3000, 4000)
-    assert cost.long_conv_algorithm(bounds, 128) == "halo"
-    assert cost.long_conv_algorithm(bounds, 1501) == "transpose"
-    assert cost.long_conv_algorithm(bounds, 4000) == "transpose"
+    assert conv_cost.long_conv_algorithm(bounds, 128) == "halo"
+    assert conv_cost.long_conv_algorithm(bounds, 1501) == "transpose"
+    assert conv_cost.long_conv_algorithm(bounds, 4000) == "transpose"
 
 
 def short_states_rank(group, cut, T, W):

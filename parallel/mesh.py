@@ -1,4 +1,9 @@
-"""The mesh of ranks, replicate x sequence, and the only place that starts process groups."""
+"""The mesh of ranks, replicate x shard x sequence, and the only place that starts process groups.
+
+A sequence is split over the sequence axis. Ranks with the same replica read the same windows; replicas read different ones.
+Parameters may be sharded over shard x sequence (parallel.sharding); their gradients, losses and token counts are sums over
+replicate x shard x sequence, which is every rank.
+"""
 
 import gc
 from collections.abc import Iterable
@@ -8,24 +13,32 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from seqengine.parallel import comm
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Ranks as a grid: rank = replica * sequence_size + sequence_rank, so that the parts of a window are neighbours."""
+    """Ranks as a grid: rank = replica * sequence_size + sequence_rank, so that the parts of a window are neighbours.
+
+    replica = replicate_rank * num_shards + shard_rank: num_shards neighbouring replicas share one copy of the parameters.
+    """
 
     rank: int
     size: int
     replica: int
     num_replicas: int
+    """Groups of ranks that read different windows, replicate x shard."""
     world: dist.ProcessGroup | None
-    """All ranks; None in a single process."""
+    """All ranks, replicate x shard x sequence: the view of losses and token counts. None in a single process."""
     sequence: dist.ProcessGroup | None
     """The ranks that share this rank's windows; None if windows are whole."""
     device: torch.device
+    num_shards: int = 1
+    """Replicas that share one copy of the parameters; a copy is cut over shard x sequence."""
+    ranks_per_node: int | None = None
+    """Ranks on one node, if known: rank // ranks_per_node is the node."""
 
     @classmethod
     def single(cls, device: torch.device) -> "Mesh":
@@ -33,13 +46,29 @@ class Mesh:
         return cls(0, 1, 0, 1, None, None, device)
 
     @classmethod
-    def create(cls, num_replicas: int, sequence_size: int, device: torch.device) -> "Mesh":
-        """Over the started processes. Every rank must call. Raises ValueError if the grid does not cover the ranks."""
+    def create(
+        cls,
+        num_replicas: int,
+        sequence_size: int,
+        device: torch.device,
+        *,
+        num_shards: int = 1,
+        ranks_per_node: int | None = None,
+    ) -> "Mesh":
+        """Over the started processes. Every rank must call.
+
+        Raises ValueError, before any message, if num_replicas x sequence_size does not cover the ranks, num_shards does not
+        divide num_replicas, or ranks_per_node cuts the ranks or a sequence unevenly.
+        """
         world = dist.get_world_size()
         if num_replicas * sequence_size != world:
             raise ValueError(
                 f"Mesh: replicate x sequence must be the number of ranks; got {num_replicas} x {sequence_size} != {world}."
             )
+        if num_shards < 1 or num_replicas % num_shards:
+            raise ValueError(f"Mesh: num_shards must divide the {num_replicas} replicas; got {num_shards}.")
+        if ranks_per_node is not None:
+            _check_nodes(world, sequence_size, ranks_per_node)
         grid = init_device_mesh(device.type, (num_replicas, sequence_size), mesh_dim_names=("replicate", "sequence"))
         return cls(
             rank=dist.get_rank(),
@@ -49,11 +78,48 @@ class Mesh:
             world=dist.group.WORLD,
             sequence=grid.get_group("sequence") if sequence_size > 1 else None,
             device=device,
+            num_shards=num_shards,
+            ranks_per_node=ranks_per_node,
         )
 
     @property
     def sequence_size(self) -> int:
         return self.size // self.num_replicas
+
+    @property
+    def sequence_rank(self) -> int:
+        return self.rank % self.sequence_size
+
+    @property
+    def num_copies(self) -> int:
+        """Whole copies of the parameters: the replicate axis."""
+        return self.num_replicas // self.num_shards
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Ranks by axis, the slowest first; a rank is a row-major index into them."""
+        return {"replicate": self.num_copies, "shard": self.num_shards, "sequence": self.sequence_size}
+
+    @property
+    def node_size(self) -> int | None:
+        """Neighbouring ranks of a sequence on one node, as the twins' node_size; None if the nodes are not known."""
+        return None if self.ranks_per_node is None else min(self.ranks_per_node, self.sequence_size)
+
+    def parameter_mesh(self) -> DeviceMesh:
+        """The flattened view for sharded parameters: shard x sequence, or (replicate, shard x sequence) with several copies.
+
+        Its groups are its own, so that messages of parameters and of sequences do not wait for each other. Every rank must
+        call; call once and keep it.
+        """
+        part = self.size // self.num_copies
+        if self.num_copies == 1:
+            return init_device_mesh(self.device.type, (part,), mesh_dim_names=("shard_sequence",))
+        names = ("replicate", "shard_sequence")
+        return init_device_mesh(self.device.type, (self.num_copies, part), mesh_dim_names=names)
+
+    def count_tokens(self, labels: Tensor, ignore_index: int = -100) -> Tensor:
+        """Labels that count, over all ranks; int64 []. The divisor of a loss, the same on every rank before its backward."""
+        return comm.all_reduce_sum((labels != ignore_index).sum(), self.world)
 
     def sum(self, *values: float) -> list[float]:
         """Sums over all ranks, in float64."""
@@ -68,6 +134,16 @@ class Mesh:
 
     def barrier(self) -> None:
         comm.barrier(self.world)
+
+
+def _check_nodes(world: int, sequence_size: int, ranks_per_node: int) -> None:
+    if ranks_per_node < 1 or world % ranks_per_node:
+        raise ValueError(f"Mesh: ranks_per_node must divide the {world} ranks; got {ranks_per_node}.")
+    if sequence_size % ranks_per_node and ranks_per_node % sequence_size:
+        raise ValueError(
+            f"Mesh: a sequence must fill whole nodes or lie within one; got {sequence_size} ranks of a sequence and "
+            f"{ranks_per_node} of a node."
+        )
 
 
 def start_processes(rank: int, world_size: int, device: torch.device, timeout_seconds: float) -> None:

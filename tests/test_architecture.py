@@ -60,8 +60,8 @@ def faults(path: Path, text: str) -> list[str]:
             found.append(f"{path}:{line} imports {module} from a floor above")
         if root == "triton" and not mine.startswith("seqengine.kernels."):
             found.append(f"{path}:{line} imports triton outside kernels")
-        if root == "deepspeed" and mine != "seqengine.parallel.sharding":
-            found.append(f"{path}:{line} imports deepspeed outside parallel/sharding.py")
+        if root == "deepspeed" and mine != "seqengine.parallel.zero":
+            found.append(f"{path}:{line} imports deepspeed outside parallel/zero.py")
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
             allowed = mine in ("seqengine.launch.environment", "seqengine.kernels.environment")

@@ -25,6 +25,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/recurrence.py --operators lstm gru elman --heads 1 --name recurrence-one-head --out benchmarks/results/latest
 	$(BIN)/python benchmarks/attention.py --out benchmarks/results/latest
 	$(BIN)/python benchmarks/loss.py --out benchmarks/results/latest
+	$(BIN)/python benchmarks/parallel.py --out benchmarks/results/latest
 
 # Both parts run, whatever the first finds; each command ends in time. Records and the table of errors go to OUT.
 gpu: gpu-device

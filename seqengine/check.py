@@ -45,7 +45,7 @@ def check_run(config: RunConfig) -> Summary:
     with torch.device("meta"):
         model = LanguageModel(config.model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    settings = group_settings(sizes, config.optim)
+    settings = group_settings(sizes, config.optim, model.rules)
     decayed = sum(size for name, size in sizes.items() if settings[name][0] > 0)
     num_windows = None
     if config.data.source != "fasta" or config.data.fasta is not None:

@@ -3,132 +3,48 @@
 HyenaDNA (Nguyen et al. 2023, arXiv:2306.15794): pre-norm GPT-2 blocks, residual stream in float32, GELU (tanh form).
 """
 
-from collections.abc import Callable, Iterator
-from typing import Annotated, Literal, Self, cast
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seqengine.config.values import Count, Section
+from seqengine.blocks import Block, make_norm
+from seqengine.config.model import ModelConfig
 from seqengine.dropout import token_dropout
 from seqengine.kernels import api as kernels
-from seqengine.mixers.hyena import FilterConfig, Hyena, HyenaState, ImplicitFilter
+from seqengine.mixers.hyena import ImplicitFilter
+from seqengine.mixers.mixer import START, ParameterRule, Start
 from seqengine.parallel.context import SequenceContext
+from seqengine.pooling import pool, rows_context, rows_of
 
-Positive = Annotated[Count, Field(gt=0)]
-Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class ModelConfig(Section):
-    """[model]: sizes. The filters are functions of t / l_max, so max_len is part of the model, not only a limit."""
-
-    arch: Literal["hyenadna"] = "hyenadna"
-    """The kind of model."""
-    d_model: Positive = 128
-    """Width of the residual stream."""
-    n_layer: Positive = 2
-    """Blocks."""
-    d_inner: Positive | None = None
-    """Width of the MLP; 4 * d_model if not given."""
-    max_len: Positive = 1024
-    """Longest sequence in tokens; the published l_max is max_len + 2."""
-    order: Annotated[int, Field(ge=2)] = 2
-    """Order N of the Hyena operator: N gates, N - 1 long convolutions."""
-    short_filter: Positive = 3
-    """Taps of the short convolution."""
-    filter: FilterConfig = FilterConfig()
-    """The implicit long filter."""
-    embed_dropout: Probability = 0.1
-    """Of the embedding; the masks do not depend on the mesh."""
-    resid_dropout: Probability = 0.0
-    """Of what each mixer and MLP adds to the residual stream."""
-    vocab_size: Positive = 12
-    """Token ids in use."""
-    pad_vocab_multiple: Positive = 8
-    """The vocabulary is padded to a multiple of this."""
-    norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
-    """Added to the variance in each norm."""
-    tied_head: bool = True
-    """The head is the embedding."""
-
-    @model_validator(mode="after")
-    def _odd_features(self) -> Self:
-        if self.filter.emb_dim % 2 == 0:
-            raise ValueError(
-                f"model.filter.emb_dim must be odd (time and pairs of cosine and sine); got {self.filter.emb_dim}"
-            )
-        return self
-
-    @property
-    def l_max(self) -> int:
-        return self.max_len + 2
-
-    @property
-    def inner(self) -> int:
-        return self.d_inner or 4 * self.d_model
-
-    @property
-    def padded_vocab(self) -> int:
-        return -(-self.vocab_size // self.pad_vocab_multiple) * self.pad_vocab_multiple
-
-
-Drop = Callable[[Tensor, int], Tensor]
-
-
-class Mlp(nn.Module):
-    """fc2(gelu(fc1(x)))."""
-
-    def __init__(self, d_model: int, inner: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(d_model, inner)
-        self.fc2 = nn.Linear(inner, d_model)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-        return y
-
-
-class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.d_model, eps=config.norm_eps)
-        self.mixer = Hyena(
-            config.d_model, config.l_max, order=config.order, short_filter=config.short_filter, filter=config.filter
-        )
-        self.norm2 = nn.LayerNorm(config.d_model, eps=config.norm_eps)
-        self.mlp = Mlp(config.d_model, config.inner)
-
-    def forward(
-        self, x: Tensor, drop: Drop, *, state: HyenaState | None = None, ctx: SequenceContext | None = None
-    ) -> tuple[Tensor, HyenaState | None]:
-        """x [B, T, D] -> the same, and the mixer's new state; drop(y, n) is applied to the n-th branch."""
-        y, state = self.mixer(self.norm1(x), state=state, ctx=ctx)
-        x = x + drop(y, 0)
-        return x + drop(self.mlp(self.norm2(x)), 1), state
-
-
-ModelState = tuple[HyenaState, ...]
+ModelState = tuple[Any, ...]
+"""The state of every block's mixer."""
+RESIDUAL_WEIGHTS = ("out_proj.weight", "fc2.weight", "down.weight")
+"""Ends of names of what is added to the residual stream: smaller at first, the deeper the model (GPT-2)."""
 
 
 class LanguageModel(nn.Module):
-    """Causal language model over tokens.
+    """Language model over tokens, of any mixture of mixers; or, with config.num_classes, a classifier of sequences.
 
-    Shapes: input_ids [B, T] int64 -> logits [B, T, V], V the padded vocabulary. With ctx, T is this rank's part.
-    State:  `initial_state(B)` and `step(ids, state)` run it chunk by chunk, or token by token, with the same result.
+    Shapes: input_ids [B, T] int64 -> logits [B, T, V], V the padded vocabulary; [B, num_classes]. With ctx, T is this
+            rank's part.
+    State:  `step(ids, START)`, then `step(ids, state)`: chunk by chunk or token by token, with the result of the whole.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.padded_vocab, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
+        self.norm = make_norm(config)
         self.published_layout: object = None  # set by seqengine.interop: how the weights were spelt
-        self.head = None if config.tied_head else nn.Linear(config.d_model, config.padded_vocab, bias=False)
+        self.head: nn.Linear | None = None
+        if config.num_classes:
+            self.head = nn.Linear(config.d_model, config.num_classes)
+        elif not config.tied_head:
+            self.head = nn.Linear(config.d_model, config.padded_vocab, bias=False)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -139,14 +55,25 @@ class LanguageModel(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.normal_(self.embedding.weight, std=0.02)
+        branches = 1 if self.config.mlp == "none" else 2
         for name, parameter in self.named_parameters():
-            if name.endswith(("out_proj.weight", "fc2.weight")):
-                nn.init.normal_(parameter, std=0.02 / (2 * self.config.n_layer) ** 0.5)
+            if name.endswith(RESIDUAL_WEIGHTS):
+                nn.init.normal_(parameter, std=0.02 / (branches * self.config.depth) ** 0.5)
+        for block in self.each_block():
+            block.mixer.initialise()
 
     @property
     def head_weight(self) -> Tensor:
         """[V, D]."""
         return self.embedding.weight if self.head is None else self.head.weight
+
+    @property
+    def rules(self) -> dict[str, ParameterRule]:
+        """How the mixers want some of their parameters optimised, by pattern over names."""
+        found: dict[str, ParameterRule] = {}
+        for i, block in enumerate(self.each_block()):
+            found |= {f"blocks.{i}.mixer.{pattern}": rule for pattern, rule in block.mixer.rules.items()}
+        return found
 
     def hidden(
         self, input_ids: Tensor, *, ctx: SequenceContext | None = None, dropout_keys: Tensor | None = None
@@ -164,16 +91,29 @@ class LanguageModel(nn.Module):
             return token_dropout(x, p, dropout_keys, positions, site, training=self.training)
 
         x = drop(self.embedding(input_ids), self.config.embed_dropout, 0)
-        for i, block in enumerate(self._each_block()):
+        for i, block in enumerate(self.each_block()):
             first_site = 2 * i + 1
             x, _ = block(x, lambda y, n, s=first_site: drop(y, self.config.resid_dropout, s + n), ctx=ctx)
         normed: Tensor = self.norm(x)
         return normed
 
     def forward(
-        self, input_ids: Tensor, *, ctx: SequenceContext | None = None, dropout_keys: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        *,
+        ctx: SequenceContext | None = None,
+        dropout_keys: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        return F.linear(self.hidden(input_ids, ctx=ctx, dropout_keys=dropout_keys), self.head_weight)
+        """Logits; of classes, on every rank, if the model has classes. mask [B, T] bool: False for what is not pooled."""
+        hidden = self.hidden(input_ids, ctx=ctx, dropout_keys=dropout_keys)
+        if not self.config.num_classes:
+            return F.linear(hidden, self.head_weight)
+        context = ctx or SequenceContext.single(input_ids.shape[1])
+        logits = self._class_logits(hidden, mask, context)
+        if context.size == 1:
+            return logits
+        return rows_context(input_ids.shape[0], context).join(logits, 0)
 
     def loss(
         self,
@@ -182,31 +122,46 @@ class LanguageModel(nn.Module):
         *,
         ctx: SequenceContext | None = None,
         dropout_keys: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Sum of nats over this rank's tokens, and their number. Labels are input_ids shifted before any split."""
+        """This rank's part of the sum of nats, and of what it is summed over; both add up over ranks.
+
+        labels: [B, T] with -100 for tokens that do not count: input_ids shifted before any split, or what was masked; with
+                classes [B], the class of every sequence.
+        """
         hidden = self.hidden(input_ids, ctx=ctx, dropout_keys=dropout_keys)
-        return kernels.linear_cross_entropy(hidden, self.head_weight, labels)
+        if not self.config.num_classes:
+            return kernels.linear_cross_entropy(hidden, self.head_weight, labels)
+        context = ctx or SequenceContext.single(input_ids.shape[1])
+        logits = self._class_logits(hidden, mask, context)
+        mine = labels[rows_of(labels.shape[0], context)]
+        return F.cross_entropy(logits, mine, reduction="sum"), (mine != -100).sum()
 
-    def initial_state(self, batch: int) -> ModelState:
-        return tuple(block.mixer.initial_state(batch) for block in self._each_block())
+    def _class_logits(self, hidden: Tensor, mask: Tensor | None, ctx: SequenceContext) -> Tensor:
+        """[b, num_classes] of the sequences `rows_of(B, ctx)`."""
+        assert self.head is not None
+        logits: Tensor = self.head(pool(hidden, mask, self.config.pooling, ctx))
+        return logits
 
-    def step(self, input_ids: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+    def step(self, input_ids: Tensor, state: ModelState | Start) -> tuple[Tensor, ModelState]:
         """Logits of a chunk [B, T] (T = 1 is decoding) that continues `state`, and the new state. No dropout."""
         x = self.embedding(input_ids)
-        states: list[HyenaState] = []
-        for block, before in zip(self._each_block(), state, strict=True):
-            x, after = block(x, lambda y, n: y, state=before)
+        before = (START,) * len(self.blocks) if isinstance(state, Start) else state
+        states: list[Any] = []
+        for block, carried in zip(self.each_block(), before, strict=True):
+            x, after = block(x, lambda y, n: y, state=carried)
             states.append(after)
         return F.linear(self.norm(x), self.head_weight), tuple(states)
 
-    def _each_block(self) -> Iterator[Block]:
+    def each_block(self) -> Iterator[Block]:
         return (cast(Block, block) for block in self.blocks)
 
     def _check_length(self, tokens: int) -> None:
         if tokens > self.config.l_max:
+            what = "l_max = max_len + 2" if self.config.arch == "hyenadna" else "max_len"
             raise ValueError(
-                f"LanguageModel: at most l_max = max_len + 2 = {self.config.l_max} tokens; got {tokens}. "
-                "The filters depend on max_len: build the model with a larger one."
+                f"LanguageModel: at most {what} = {self.config.l_max} tokens; got {tokens}. "
+                "Filters may depend on max_len: build the model with a larger one."
             )
 
 

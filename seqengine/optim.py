@@ -12,18 +12,20 @@ from torch import Tensor, nn
 
 from seqengine.config.sections import OptimSection, ScheduleSection
 from seqengine.errors import InputError
+from seqengine.mixers.mixer import ParameterRule
+from seqengine.model import LanguageModel
 
 UNDECAYED = ("*norm*", "*bias*", "*embedding*", "*filter*")
 """Names without weight decay unless a group says otherwise: only matrices that mix channels are decayed."""
 
 
-def build_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.AdamW:
-    """AdamW over `model`, its parameters grouped by (weight decay, lr scale).
+def build_optimizer(model: LanguageModel, section: OptimSection) -> torch.optim.AdamW:
+    """AdamW over `model`, its parameters grouped by (weight decay, lr scale): the config's groups, then the mixers' rules.
 
     Raises InputError if a group's pattern matches no parameter, or only parameters that an earlier group has taken.
     """
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    settings = group_settings(names, section)
+    settings = group_settings(names, section, model.rules)
     parameters = dict(model.named_parameters())
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, key in settings.items():
@@ -37,17 +39,23 @@ def build_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Adam
     )
 
 
-def group_settings(names: Iterable[str], section: OptimSection) -> dict[str, tuple[float, float]]:
-    """(weight decay, lr scale) of every parameter name."""
+def group_settings(
+    names: Iterable[str], section: OptimSection, rules: Mapping[str, ParameterRule] | None = None
+) -> dict[str, tuple[float, float]]:
+    """(weight decay, lr scale) of every parameter name. rules: those of the model's mixers, by pattern over names."""
     taken = dict.fromkeys(section.groups, 0)
     settings = {}
     for name in names:
         decay = 0.0 if any(fnmatchcase(name, pattern) for pattern in UNDECAYED) else section.weight_decay
+        rule = next((r for pattern, r in (rules or {}).items() if fnmatchcase(name, pattern)), ParameterRule())
+        decay = decay if rule.weight_decay is None else rule.weight_decay
+        scale = rule.lr_scale if rule.lr_most is None else min(rule.lr_scale, rule.lr_most / section.lr)
         group = next((g for g in section.groups if fnmatchcase(name, g.match)), None)
         if group is not None:
             taken[group] += 1
             decay = decay if group.weight_decay is None else group.weight_decay
-        settings[name] = (decay, 1.0 if group is None else group.lr_scale)
+            scale = group.lr_scale
+        settings[name] = (decay, scale)
     unused = [g.match for g, count in taken.items() if count == 0]
     if unused:
         raise InputError(*(_unused(pattern, settings) for pattern in unused))

@@ -12,6 +12,7 @@ from typing import Self
 
 from pydantic import model_validator
 
+from seqengine.config.model import ModelConfig
 from seqengine.config.sections import (
     CkptSection,
     DataSection,
@@ -25,7 +26,6 @@ from seqengine.config.sections import (
     TrainSection,
 )
 from seqengine.config.values import Section
-from seqengine.model import ModelConfig
 
 DNA_SYMBOLS = 12
 """Token ids of the published HyenaDNA alphabet: 0 to 6 special, 7 to 11 A, C, G, T, N."""

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqengine.blocks import Block
+from seqengine.config.model import ModelConfig
 from seqengine.errors import InputError
 from seqengine.mixers.hyena import FilterConfig, Hyena
-from seqengine.model import Block, LanguageModel, ModelConfig, to_float64
+from seqengine.model import LanguageModel, to_float64
 
 PREFIXES = ("model.backbone.", "hyena.backbone.", "backbone.", "")
 FEATURE_TOLERANCE = 1e-5
@@ -164,18 +166,19 @@ class _Time(_Features):
 def _entries(model: LanguageModel, layout: Layout) -> Iterator[tuple[str, _Entry]]:
     prefix = layout.prefix
     yield f"{prefix}embeddings.word_embeddings.weight", _Entry(model.embedding.weight)
-    for i, block in enumerate(model.blocks):
-        assert isinstance(block, Block)
+    for i, block in enumerate(model.each_block()):
         for key, entry in _block_entries(block):
             yield f"{prefix}layers.{i}.{key}", entry
-    yield f"{prefix}ln_f.weight", _Entry(model.norm.weight)
-    yield f"{prefix}ln_f.bias", _Entry(model.norm.bias)
+    for name, tensor in model.norm.named_parameters():
+        yield f"{prefix}ln_f.{name}", _Entry(tensor)
     if layout.head is not None:
         yield layout.head, _Entry(model.head_weight, required=not model.config.tied_head)
 
 
 def _block_entries(block: Block) -> Iterator[tuple[str, _Entry]]:
-    mixer, filter = block.mixer, block.mixer.filter
+    mixer = block.mixer
+    assert isinstance(mixer, Hyena)
+    filter = mixer.filter
     for name in ("in_proj", "out_proj"):
         yield f"mixer.{name}.weight", _Entry(getattr(mixer, name).weight)
         yield f"mixer.{name}.bias", _Entry(getattr(mixer, name).bias)

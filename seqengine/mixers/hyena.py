@@ -9,13 +9,20 @@ from itertools import pairwise
 from typing import Annotated, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from seqengine.config.values import Section
-from seqengine.kernels import api as kernels
+from seqengine.mixers.mixer import Mixer, Place, Shared, Start, carried, context_of
+from seqengine.mixers.projection import channels_first
 from seqengine.parallel import api as parallel
 from seqengine.parallel.context import SequenceContext
+
+
+def _odd(number: int) -> int:
+    if number % 2 == 0:
+        raise ValueError("must be odd (time, and pairs of cosine and sine)")
+    return number
 
 
 class FilterConfig(Section):
@@ -23,7 +30,7 @@ class FilterConfig(Section):
 
     order: Annotated[int, Field(gt=0)] = 64
     """Width of the filter's network."""
-    emb_dim: Annotated[int, Field(ge=3)] = 5
+    emb_dim: Annotated[int, Field(ge=3), AfterValidator(_odd)] = 5
     """Positional features: time, and (emb_dim - 1) / 2 cosines and sines; odd."""
     sine_w: float = 10.0
     """Initial frequency of the sine activations."""
@@ -33,6 +40,17 @@ class FilterConfig(Section):
     """Multiply the filters by the exponential window."""
     shift: float = 0.05
     """Floor of the exponential window."""
+
+
+class HyenaConfig(Section):
+    """[model.mixers.hyena]: gates and implicit long filters."""
+
+    order: Annotated[int, Field(ge=2)] = 2
+    """Order N of the operator: N gates, N - 1 long convolutions."""
+    short_filter: Annotated[int, Field(gt=0)] = 3
+    """Taps of the short convolution."""
+    filter: FilterConfig = FilterConfig()
+    """The implicit long filter."""
 
 
 FAST_DECAY, SLOW_DECAY, DECAY_TARGET = 0.3, 1.5, 1e-2
@@ -60,10 +78,6 @@ class ImplicitFilter(nn.Module):
 
     def __init__(self, channels: int, l_max: int, config: FilterConfig) -> None:
         super().__init__()
-        if config.emb_dim % 2 == 0:
-            raise ValueError(
-                f"model.filter.emb_dim must be odd (time and pairs of cosine and sine); got {config.emb_dim}."
-            )
         self.channels, self.l_max = channels, l_max
         self.modulate, self.shift = config.modulate, config.shift
         widths = [config.emb_dim] + [config.order] * (config.inner_layers + 1)
@@ -110,69 +124,74 @@ class HyenaState(NamedTuple):
     """[B, (order + 1) D, short_filter - 1]."""
     long: tuple[Tensor, ...]
     """order - 1 tensors [B, D, l_max - 1]: the gated inputs of each long convolution."""
+    filters: Shared
+    """order - 1 tensors [D, l_max], made once."""
 
 
-class Hyena(nn.Module):
+class Hyena(Mixer):
     """y = W_out (x_0 * (h_{N-1} (*) x_{N-1} ( ... h_1 (*) (x_1 v)))): order N gates and N - 1 long convolutions.
 
     Shapes: x [B, T, D] -> y [B, T, D]; with ctx, T is this rank's part and the result is this rank's part.
+    State:  HyenaState, O(l_max D) numbers a sample; a token then costs O(l_max D).
     The filters' bias enters as a skip connection of each convolution.
     """
 
-    def __init__(self, d_model: int, l_max: int, *, order: int, short_filter: int, filter: FilterConfig) -> None:
+    def __init__(self, config: HyenaConfig, place: Place) -> None:
         super().__init__()
-        self.d_model, self.l_max, self.order = d_model, l_max, order
-        width = (order + 1) * d_model
+        d_model, order, taps = place.d_model, config.order, config.short_filter
+        self.d_model, self.l_max, self.order = d_model, place.max_len, order
+        width, bound = (order + 1) * d_model, taps**-0.5
         self.in_proj = nn.Linear(d_model, width)
-        bound = short_filter**-0.5
-        self.short_filter_weight = nn.Parameter(torch.empty(width, short_filter).uniform_(-bound, bound))
+        self.short_filter_weight = nn.Parameter(torch.empty(width, taps).uniform_(-bound, bound))
         self.short_filter_bias = nn.Parameter(torch.empty(width).uniform_(-bound, bound))
-        self.filter = ImplicitFilter((order - 1) * d_model, l_max, filter)
+        self.filter = ImplicitFilter((order - 1) * d_model, place.max_len, config.filter)
         self.filter_skip = nn.Parameter(torch.randn((order - 1) * d_model))
         self.out_proj = nn.Linear(d_model, d_model)
 
-    def initial_state(self, batch: int) -> HyenaState:
-        """The state before the first token: zeros, in the dtype and on the device of the weights."""
-        zeros = self.in_proj.weight.new_zeros
-        width, taps = self.short_filter_weight.shape
-        long = tuple(zeros(batch, self.d_model, self.l_max - 1) for _ in range(self.order - 1))
-        return HyenaState(zeros(batch, width, taps - 1), long)
-
     def forward(
-        self, x: Tensor, *, state: HyenaState | None = None, ctx: SequenceContext | None = None
+        self, x: Tensor, *, state: HyenaState | Start | None = None, ctx: SequenceContext | None = None
     ) -> tuple[Tensor, HyenaState | None]:
-        """One chunk of tokens. With a state, the chunk continues it and the new state is returned; without, None is."""
-        if state is not None and ctx is not None and ctx.size > 1:
-            raise ValueError(
-                "Hyena: a carried state and a sequence split over ranks cannot be combined; pass one of them."
-            )
-        context = ctx or SequenceContext.single(x.shape[1])
-        u = _project(x, self.in_proj)
-        short_state: Tensor | None = None
-        if state is None:
-            u, _ = parallel.short_conv(u, self.short_filter_weight, self.short_filter_bias, ctx=context)
-        else:
-            u, short_state = kernels.short_conv(
-                u, self.short_filter_weight, self.short_filter_bias, initial_state=state.short, output_final_state=True
-            )
+        context = context_of(x, ctx)
+        before, goes_on = carried(state)
+        u, short = parallel.short_conv(
+            channels_first(x, self.in_proj),
+            self.short_filter_weight,
+            self.short_filter_bias,
+            ctx=context,
+            initial_state=None if before is None else before.short,
+            output_final_state=goes_on,
+        )
         *gates, v = u.split(self.d_model, dim=1)
-        taps = self._taps(context.total_tokens if state is None else self.l_max)
-        long_states: list[Tensor] = []
-        last = self.order - 2
+        filters = self._filters(context, before, goes_on)
+        tails: list[Tensor] = []
         for i, gate in enumerate(reversed(gates[1:])):
-            skip = self.filter_skip[i * self.d_model : (i + 1) * self.d_model]
-            post = gates[0] if i == last else None
-            if state is None:
-                v, _ = parallel.long_conv(v, taps(i), skip=skip, pre_gate=gate, post_gate=post, ctx=context)
-            else:
-                k = taps(i)(slice(0, self.d_model))
-                v, tail = kernels.long_conv(
-                    v, k, skip=skip, pre_gate=gate, post_gate=post, initial_state=state.long[i], output_final_state=True
-                )
-                assert tail is not None
-                long_states.append(tail)
+            v, tail = parallel.long_conv(
+                v,
+                filters[i],
+                ctx=context,
+                skip=self.filter_skip[i * self.d_model : (i + 1) * self.d_model],
+                pre_gate=gate,
+                post_gate=gates[0] if i == self.order - 2 else None,
+                initial_state=None if before is None else before.long[i],
+                output_final_state=goes_on,
+            )
+            tails += [] if tail is None else [tail]
         y = self.out_proj(v.transpose(1, 2))
-        return y, (None if short_state is None else HyenaState(short_state, tuple(long_states)))
+        if short is None:
+            return y, None
+        made = tuple(k for k in filters if isinstance(k, Tensor))
+        return y, HyenaState(short, tuple(tails), Shared(made))
+
+    def _filters(
+        self, ctx: SequenceContext, before: HyenaState | None, goes_on: bool
+    ) -> list[Tensor] | list[Callable[[slice], Tensor]]:
+        """Of each convolution: as tensors when there is a state to keep them in, else as functions of channels."""
+        if before is not None:
+            return list(before.filters.tensors)
+        taps = self._taps(self.l_max if goes_on else ctx.total_tokens)
+        if goes_on:
+            return [taps(i)(slice(0, self.d_model)) for i in range(self.order - 1)]
+        return [taps(i) for i in range(self.order - 1)]
 
     def _taps(self, length: int) -> Callable[[int], Callable[[slice], Tensor]]:
         """taps(i)(channels) makes the filters of some channels of convolution i; the shared network runs once.
@@ -191,9 +210,3 @@ class Hyena(nn.Module):
             return of_channels
 
         return of_convolution
-
-
-def _project(x: Tensor, layer: nn.Linear) -> Tensor:
-    """layer(x) with channels first: [B, T, D] -> [B, D', T], written contiguously by the product itself."""
-    weight = layer.weight.expand(x.shape[0], -1, -1)
-    return torch.baddbmm(layer.bias[None, :, None], weight, x.transpose(1, 2))

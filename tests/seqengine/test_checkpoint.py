@@ -9,9 +9,10 @@ import torch
 
 from seqengine.checkpoint.state import Progress, Record
 from seqengine.checkpoint.store import CheckpointError, CheckpointStore, mesh_record
+from seqengine.config.model import ModelConfig
 from seqengine.config.sections import OptimSection
 from seqengine.errors import InputError
-from seqengine.model import ModelConfig, build_model
+from seqengine.model import build_model
 from seqengine.optim import build_optimizer
 from seqengine.parallel.mesh import Mesh
 from tests.ranks import run_ranks

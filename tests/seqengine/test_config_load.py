@@ -128,7 +128,7 @@ def test_array_of_tables_names_the_element(tmp_path: Path) -> None:
 
 def test_check_of_the_model_names_its_key_and_line(tmp_path: Path) -> None:
     problem = only_problem(tmp_path, STEPS + "[model.filter]\nemb_dim = 6\n")
-    assert problem.startswith("model.filter.emb_dim must be odd")
+    assert problem.startswith("model.filter.emb_dim: must be odd")
     assert problem.endswith(f"({tmp_path}/run.toml:4)")
 
 

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from seqengine.config.layers import preset_names
 from seqengine.config.load import Loaded, load
+from seqengine.config.model import ModelConfig
 from seqengine.config.run import RunConfig
 from seqengine.config.sections import CkptSection, DataSection, OptimGroup, OptimSection, RunSection, TrainSection
 from seqengine.config.write import changed, dump
-from seqengine.model import ModelConfig
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
 

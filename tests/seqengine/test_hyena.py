@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
-from seqengine.mixers.hyena import FilterConfig, Hyena, ImplicitFilter, positional_features
-from seqengine.model import LanguageModel, ModelConfig, build_model
+from seqengine.config.model import ModelConfig
+from seqengine.mixers.hyena import FilterConfig, Hyena, HyenaConfig, ImplicitFilter, positional_features
+from seqengine.mixers.mixer import START, Place
+from seqengine.model import LanguageModel, build_model
 from seqengine.parallel.api import SequenceContext
 from tests.ranks import run_ranks
 from tests.tolerances import assert_close
@@ -59,7 +61,7 @@ def test_filter_refuses_more_taps_than_it_was_made_for():
 @pytest.mark.parametrize("order", [2, 3, 4])
 def test_operator_is_gates_and_long_convolutions(order):
     torch.manual_seed(0)
-    mixer = Hyena(4, 16, order=order, short_filter=3, filter=FilterConfig(order=8)).double()
+    mixer = Hyena(HyenaConfig(order=order, filter=FilterConfig(order=8)), Place(4, 16)).double()
     x = torch.randn(2, 11, 4, dtype=torch.float64)
     y, state = mixer(x)
     u = (x @ mixer.in_proj.weight.T + mixer.in_proj.bias).transpose(1, 2)
@@ -84,7 +86,7 @@ def test_operator_is_gates_and_long_convolutions(order):
 def test_chunks_with_states_give_the_logits_of_the_whole(cuts):
     m, ids = model(), tokens(2, 20)
     whole = m(ids)
-    state, logits = m.initial_state(2), []
+    state, logits = START, []
     for chunk in ids.split(cuts, dim=1):
         out, state = m.step(chunk, state)
         logits.append(out)
@@ -164,9 +166,7 @@ def test_bf16_autocast_is_near_float32():
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in m.parameters())
 
 
-def test_rejects_sequences_longer_than_the_model_and_a_state_over_ranks():
+def test_rejects_sequences_longer_than_the_model():
     m = model()
     with pytest.raises(ValueError, match=r"at most l_max = max_len \+ 2 = 22 tokens; got 23"):
         m(tokens(1, 23))
-    with pytest.raises(ValueError, match="cannot be combined"):
-        m.blocks[0].mixer(torch.zeros(1, 4, 6), state=m.initial_state(1)[0], ctx=SequenceContext(None, 0, (0, 4, 8)))

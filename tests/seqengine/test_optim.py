@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from seqengine.config.model import ModelConfig
 from seqengine.config.sections import OptimGroup, OptimSection, ScheduleSection
 from seqengine.errors import InputError
-from seqengine.model import LanguageModel, ModelConfig
+from seqengine.model import LanguageModel
 from seqengine.optim import (
     build_optimizer,
     clip_gradients,

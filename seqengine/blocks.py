@@ -1,0 +1,89 @@
+"""A block of the residual stream: norm, mixer, norm, MLP."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seqengine.config.model import ModelConfig
+from seqengine.parallel.context import SequenceContext
+
+Drop = Callable[[Tensor, int], Tensor]
+
+
+class Mlp(nn.Module):
+    """fc2(gelu(fc1(x))), GPT-2's, with the tanh form of GELU."""
+
+    def __init__(self, d_model: int, inner: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(d_model, inner, bias=bias)
+        self.fc2 = nn.Linear(inner, d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return y
+
+
+class GatedMlp(nn.Module):
+    """down(activation(gate(x)) * up(x)): SwiGLU, GEGLU, or bilinear (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(
+        self, d_model: int, inner: int, activation: Callable[[Tensor], Tensor] | None, *, bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.gate = nn.Linear(d_model, inner, bias=bias)
+        self.up = nn.Linear(d_model, inner, bias=bias)
+        self.down = nn.Linear(inner, d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate(x)
+        y: Tensor = self.down((gate if self.activation is None else self.activation(gate)) * self.up(x))
+        return y
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """LayerNorm with a bias, or RMSNorm."""
+    kind = nn.LayerNorm if config.norm == "layer" else nn.RMSNorm
+    return kind(config.d_model, eps=config.norm_eps)
+
+
+def make_mlp(config: ModelConfig, layer: int) -> nn.Module | None:
+    """The MLP of a layer, if the model has one."""
+    if config.mlp == "none":
+        return None
+    if config.mlp == "gelu":
+        return Mlp(config.d_model, config.inner, bias=config.mlp_bias)
+    activation = {"swiglu": F.silu, "geglu": F.gelu, "evo2": F.gelu if layer == 0 else None}[config.mlp]
+    return GatedMlp(config.d_model, config.inner, activation, bias=config.mlp_bias)
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)); with norms after: norm(x + mixer(x)), norm(x + mlp(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.is_pre_norm = config.norm_place == "pre"
+        self.norm1 = make_norm(config)
+        kind, settings, place = config.mixer(layer)
+        self.mixer = kind.make(settings, place)
+        mlp = make_mlp(config, layer)
+        self.norm2 = None if mlp is None else make_norm(config)
+        self.mlp = mlp
+
+    def forward(
+        self, x: Tensor, drop: Drop, *, state: Any = None, ctx: SequenceContext | None = None
+    ) -> tuple[Tensor, Any]:
+        """x [B, T, D] -> the same, and the mixer's new state; drop(y, n) is applied to the n-th branch."""
+        if self.is_pre_norm:
+            y, state = self.mixer(self.norm1(x), state=state, ctx=ctx)
+            x = x + drop(y, 0)
+            if self.mlp is not None and self.norm2 is not None:
+                x = x + drop(self.mlp(self.norm2(x)), 1)
+            return x, state
+        y, state = self.mixer(x, state=state, ctx=ctx)
+        x = self.norm1(x + drop(y, 0))
+        if self.mlp is not None and self.norm2 is not None:
+            x = self.norm2(x + drop(self.mlp(x), 1))
+        return x, state

@@ -1,4 +1,4 @@
-"""The `seqengine` command: train, eval, check, demo, version.
+"""The `seqengine` command: train, eval, generate, check, demo, version.
 
 Exit codes: 0 done, 1 failed, 2 bad input, 75 preempted after a good save.
 """
@@ -57,6 +57,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", metavar="a.b=c")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(run=_eval)
+
+    generate = commands.add_parser("generate", help="go on writing where a prompt ends")
+    generate.add_argument("target", metavar="RUN|CHECKPOINT", type=Path)
+    generate.add_argument("overrides", nargs="*", metavar="a.b=c")
+    generate.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    generate.add_argument("-n", "--tokens", type=int, default=100, help="tokens to write after each prompt")
+    generate.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token")
+    generate.add_argument("--top-k", type=int, help="of so many most likely tokens")
+    generate.add_argument("--top-p", type=float, help="of the fewest tokens that have this probability together")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.set_defaults(run=_generate)
 
     check = commands.add_parser("check", help="report everything wrong with a config; start nothing")
     check.add_argument("config", metavar="CONFIG")
@@ -124,6 +135,14 @@ def _eval(arguments: argparse.Namespace) -> int:
         result = evaluate_checkpoint(target, loaded.config, pack(loaded.config.data), mesh)
         if mesh.rank == 0:
             print(json.dumps(result.as_dict()) if arguments.json else result.describe())
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from seqengine.launch.environment import read_processes
+    from seqengine.launch.generate import write_continuations
+
+    write_continuations(arguments, read_processes())
     return 0
 
 

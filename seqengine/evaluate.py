@@ -5,14 +5,13 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from seqengine.checkpoint.store import CheckpointStore
+from seqengine.checkpoint.restore import restore_model
 from seqengine.config.run import RunConfig
 from seqengine.data.packed import PackedGenome
 from seqengine.data.stream import read_windows, validation_indices
 from seqengine.data.windows import Windows, split_windows
-from seqengine.errors import InputError
 from seqengine.metrics import bits
-from seqengine.model import LanguageModel, build_model
+from seqengine.model import LanguageModel
 from seqengine.parallel.context import SequenceContext
 from seqengine.parallel.layout import offsets, split_sizes
 from seqengine.parallel.mesh import Mesh
@@ -115,17 +114,7 @@ def evaluate_checkpoint(
 
     Raises InputError if the checkpoint is damaged, or there is none.
     """
-    store = CheckpointStore(target.run.checkpoints, mesh)
-    model = build_model(config.model, seed=config.run.seed, params=config.precision.params, device=mesh.device)
-    if target.checkpoint is None:
-        loaded = store.load_latest(model, None)
-        if loaded is None:
-            raise InputError(f"{target.run.path}: must hold a checkpoint; it has none yet.")
-    else:
-        damage = store.damage(target.checkpoint)
-        if damage:
-            raise InputError(f"{target.checkpoint}: must be as it was saved; {'; '.join(damage)}.")
-        loaded = store.load(target.checkpoint, model, None)
+    model, loaded = restore_model(target, config, mesh)
     valid = split_windows(genome, config.data, ("valid",))["valid"]
     evaluation = evaluate(model, valid, config, mesh)
     return CheckpointEvaluation(str(loaded.directory), loaded.record.progress.step, evaluation)

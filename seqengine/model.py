@@ -145,19 +145,33 @@ class LanguageModel(nn.Module):
 
     def step(self, input_ids: Tensor, state: ModelState | Start) -> tuple[Tensor, ModelState]:
         """Logits of a chunk [B, T] (T = 1 is decoding) that continues `state`, and the new state. No dropout."""
+        hidden, after = self.advance(input_ids, state)
+        return self.logits(hidden), after
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] of `hidden` or `advance` -> [..., V]."""
+        return F.linear(hidden, self.head_weight)
+
+    def advance(self, input_ids: Tensor, state: ModelState | Start) -> tuple[Tensor, ModelState]:
+        """`step` without the head, whose logits of a long prompt nobody needs: the normed residual stream [B, T, D]."""
         x = self.embedding(input_ids)
         before = (START,) * len(self.blocks) if isinstance(state, Start) else state
         states: list[Any] = []
         for block, carried in zip(self.each_block(), before, strict=True):
             x, after = block(x, lambda y, n: y, state=carried)
             states.append(after)
-        return F.linear(self.norm(x), self.head_weight), tuple(states)
+        return self.norm(x), tuple(states)
 
     def each_block(self) -> Iterator[Block]:
         return (cast(Block, block) for block in self.blocks)
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether some mixer's filters end at config.l_max tokens."""
+        return any(block.mixer.is_bounded for block in self.each_block())
+
     def _check_length(self, tokens: int) -> None:
-        if tokens > self.config.l_max:
+        if tokens > self.config.l_max and self.is_bounded:
             what = "l_max = max_len + 2" if self.config.arch == "hyenadna" else "max_len"
             raise ValueError(
                 f"LanguageModel: at most {what} = {self.config.l_max} tokens; got {tokens}. "

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
+from seqengine.errors import InputError
+
 if TYPE_CHECKING:
     import torch
 
@@ -52,6 +54,15 @@ def encode(sequence: bytes | str, soft_mask: SoftMask = "upper") -> Ids:
     """
     data = sequence.encode("ascii", errors="replace") if isinstance(sequence, str) else sequence
     return (_UPPER if soft_mask == "upper" else _UNK)[np.frombuffer(data, dtype=np.uint8)]
+
+
+def encode_exactly(sequence: str) -> Ids:
+    """Token ids of a sequence of A, C, G, T and N in either case. Raises InputError naming the first other character."""
+    for position, letter in enumerate(sequence):
+        if letter.upper() not in TOKENS[FIRST_BASE:]:
+            letters = ", ".join(TOKENS[FIRST_BASE:])
+            raise InputError(f"the prompt must be of the letters {letters}; got {letter!r} at position {position}.")
+    return encode(sequence)
 
 
 def decode(ids: npt.ArrayLike) -> str:

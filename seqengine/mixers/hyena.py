@@ -136,6 +136,8 @@ class Hyena(Mixer):
     The filters' bias enters as a skip connection of each convolution.
     """
 
+    is_bounded = True
+
     def __init__(self, config: HyenaConfig, place: Place) -> None:
         super().__init__()
         d_model, order, taps = place.d_model, config.order, config.short_filter

@@ -71,6 +71,8 @@ class Mixer(nn.Module):
     """For `parallel.guard`: needs a context on a part of a sequence."""
     is_bidirectional: ClassVar[bool] = False
     """Whether it can do without causality."""
+    is_bounded: ClassVar[bool] = False
+    """Whether its filters end at `place.max_len` tokens."""
     rules: ClassVar[Mapping[str, ParameterRule]] = {}
     """By pattern over the mixer's own parameter names; the first match counts."""
 

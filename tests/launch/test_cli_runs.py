@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from seqengine.launch.cli import main
 from seqengine.metrics import read_metrics
 from tests.seqengine.runs import BASE
 
@@ -53,6 +54,32 @@ def test_train_starts_its_processes_resumes_and_evaluates_on_one(folder):
     assert evaluated["loss"] == pytest.approx(trained["loss"], abs=1e-5)
     older = seqengine(folder, "eval", "runs/run/ckpt/step-00000003")
     assert "step-00000003 (verified): loss" in older
+
+
+def test_generate_goes_on_where_prompts_end(folder, monkeypatch, capsys):
+    seqengine(folder, "train", "small.toml", "train.steps=2")
+    line = seqengine(folder, "generate", "runs/run", "--prompt", "acGTN", "-n", "20", "--seed", "3").rstrip("\n")
+    assert line.startswith("acGTN")
+    assert len(line) == 25
+    assert set(line[5:]) <= set("ACGT")
+    monkeypatch.chdir(folder)
+
+    def generate(*arguments, code=0):
+        assert main(["generate", *arguments]) == code
+        captured = capsys.readouterr()
+        return captured.err if code else captured.out
+
+    two = generate("runs/run", "--prompt", "acGTN", "--prompt", "A", "-n", "20", "--seed", "3").splitlines()
+    assert two[0] == line
+    assert (two[1][0], len(two[1])) == ("A", 21)
+    checkpoint = str(next(Path("runs/run/ckpt").glob("step-*")))
+    greedy = ("--prompt", "ACGT", "-n", "5", "--temperature", "0")
+    assert generate(checkpoint, *greedy, "--seed", "1") == generate(checkpoint, *greedy, "--seed", "2")
+    assert "got 'X' at position 4" in generate("runs/run", "--prompt", "ACGTX", code=2)
+    assert "temperature must be >= 0" in generate("runs/run", "--prompt", "A", "--temperature", "-1", code=2)
+    assert "at least one token" in generate("runs/run", "--prompt", "", code=2)
+    assert "filters reach over 66" in generate("runs/run", "--prompt", "A", "-n", "90", code=2)
+    assert "must be a run's directory" in generate("runs", "--prompt", "A", code=2)
 
 
 def test_torchrun_trains_the_same_run_with_replicas(folder):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,9 +44,22 @@ class GatedMlp(nn.Module):
         return y
 
 
+class OuterRMSNorm(nn.RMSNorm):
+    """x / (rms(x) + eps) * weight: nn.RMSNorm has eps under the root."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.eps is not None
+        rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.shape[-1] ** -0.5
+        y: Tensor = x / (rms + self.eps) * self.weight
+        return y
+
+
+NORMS: dict[str, Callable[..., nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "rms_outer": OuterRMSNorm}
+
+
 def make_norm(config: ModelConfig) -> nn.Module:
-    """LayerNorm with a bias, or RMSNorm."""
-    kind = nn.LayerNorm if config.norm == "layer" else nn.RMSNorm
+    """The kind of norm that config.norm names, over d_model."""
+    kind = NORMS[config.norm]
     return kind(config.d_model, eps=config.norm_eps)
 
 

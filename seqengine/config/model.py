@@ -61,8 +61,8 @@ class ModelConfig(Section):
     """lm: instead of `pattern`, groups of equal layers from the first to the last."""
     mixers: MixerSettings = MixerSettings()
     """lm: settings of each kind of mixer."""
-    norm: Literal["layer", "rms"] = "layer"
-    """lm: LayerNorm or RMSNorm."""
+    norm: Literal["layer", "rms", "rms_outer"] = "layer"
+    """lm: LayerNorm, RMSNorm, or RMSNorm with norm_eps outside of the root (StripedHyena 2)."""
     norm_place: Literal["pre", "post"] = "pre"
     """lm: before each mixer and MLP, or after what they add."""
     mlp: Literal["gelu", "swiglu", "geglu", "evo2", "none"] = "gelu"

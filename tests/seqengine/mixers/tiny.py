@@ -9,7 +9,22 @@ from seqengine.mixers.registry import MIXERS
 
 D, MAX_LEN = 8, 24
 SETTINGS: dict[str, dict[str, Any]] = {
+    "attention": {"num_kv_heads": 2},
+    "gated_delta": {"num_heads": 2, "head_dim": 3},
+    "gla": {"num_heads": 2, "short_filter": 3},
+    "h3": {"d_state": 4, "head_dim": 2, "step_min": 0.1, "step_max": 0.5},
     "hyena": {"order": 3, "filter": {"order": 8}},
+    "hyena_li": {"state_size": 3},
+    "hyena_mr": {"taps": 9, "num_groups": 4, "decay_tokens": 16},
+    "hyena_se": {"num_groups": 2},
+    "linear_attention": {"num_heads": 2},
+    "long_conv": {"smooth": 3},
+    "retention": {"num_heads": 2},
+    "s4_ptd": {"d_state": 4, "step_min": 0.1, "step_max": 0.5},
+    "s4d": {"d_state": 4, "step_min": 0.1, "step_max": 0.5},
+    "sgconv": {"kernel_dim": 4},
+    "slstm": {"num_heads": 2},
+    "ssd": {"head_dim": 4, "state_size": 3, "num_groups": 2},
 }
 """By name of the mixer; those that are not here are small by default."""
 

@@ -110,7 +110,7 @@ def fit_residues(k: Tensor, log_poles: Tensor, cutoff: float) -> tuple[Tensor, T
     U, S, V = torch.linalg.svd(R)
     inverse = torch.where(S > cutoff * S[:, :1], 1 / S, 0)
     x = V.mH @ (inverse[:, :, None] * (U.mH @ (Q.mH @ k[:, :, None])))
-    x = x[..., 0] / norms[:, 0]
+    x = torch.where(absent.repeat(1, 2), 0, x[..., 0] / norms[:, 0])
     a, b = x.chunk(2, dim=1)
     residues = torch.complex(a, b)
     energy = residues.abs() * powers.abs().square().sum(1).sqrt()

@@ -1,7 +1,7 @@
 """Gated DeltaNet: Yang, Kautz and Hatamizadeh 2024, arXiv:2412.06464."""
 
 import math
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from pydantic import Field
@@ -62,7 +62,7 @@ class GatedDelta(Mixer):
     State:  GatedDeltaState, about H K V numbers a sample; a token then costs O(H K V).
     """
 
-    rules: ClassVar = DECAY_RULES
+    rules = DECAY_RULES
 
     def __init__(self, config: GatedDeltaConfig, place: Place) -> None:
         super().__init__()

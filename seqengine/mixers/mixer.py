@@ -73,7 +73,7 @@ class Mixer(nn.Module):
     """Whether it can do without causality."""
     is_bounded: ClassVar[bool] = False
     """Whether its filters end at `place.max_len` tokens."""
-    rules: Mapping[str, ParameterRule] = {}  # noqa: RUF012  never written to
+    rules: Mapping[str, ParameterRule] = {}
     """By pattern over the mixer's own parameter names; the first match counts."""
 
     def forward(self, x: Tensor, *, state: Any = None, ctx: SequenceContext | None = None) -> tuple[Tensor, Any]:

@@ -4,7 +4,7 @@ Beck et al. 2024, arXiv:2405.04517. The paper's block then has a gated MLP: `mod
 """
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from pydantic import Field
@@ -60,7 +60,7 @@ class SLstm(Mixer):
     State:  SLstmState, 4 D + (short_filter - 1) D numbers a sample; a token costs O(D^2 / H).
     """
 
-    rules: ClassVar[Mapping[str, ParameterRule]] = {
+    rules: Mapping[str, ParameterRule] = {
         "gate_bias": ParameterRule(weight_decay=0.0),
         "norm_weight": ParameterRule(weight_decay=0.0),
     }

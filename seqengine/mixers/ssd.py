@@ -1,6 +1,7 @@
 """Mamba-2, the state space dual: Dao and Gu 2024, arXiv:2405.21060."""
 
-from typing import Annotated, ClassVar, NamedTuple, Self
+from collections.abc import Mapping
+from typing import Annotated, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -68,7 +69,7 @@ class Ssd(Mixer):
     State:  SsdState, about expand * d_model * state_size numbers a sample, which is also what a token then costs.
     """
 
-    rules: ClassVar = {**DECAY_RULES, "D": ParameterRule(weight_decay=0.0)}
+    rules: Mapping[str, ParameterRule] = {**DECAY_RULES, "D": ParameterRule(weight_decay=0.0)}
 
     def __init__(self, config: SsdConfig, place: Place) -> None:
         super().__init__()

@@ -242,8 +242,9 @@ def test_a_model_of_our_own_is_written_with_its_filters_as_numbers():
     model = LanguageModel(
         ModelConfig.model_validate(
             {
-                "arch": "lm", "d_model": D, "d_inner": INNER, "max_len": 64, "layers": layers, "norm": "rms_outer", "mlp": "evo2",
-                "mlp_bias": False, "embed_dropout": 0.0, "vocab_size": VOCAB, "pad_vocab_multiple": 1, "norm_eps": 1e-14,
+                "arch": "lm", "d_model": D, "d_inner": INNER, "max_len": 64, "layers": layers, "norm": "rms_outer",
+                "mlp": "evo2", "mlp_bias": False, "embed_dropout": 0.0, "vocab_size": VOCAB,
+                "pad_vocab_multiple": 1, "norm_eps": 1e-14,
                 "mixers": mixers | {"attention": settings},
             }
         )

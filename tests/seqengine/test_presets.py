@@ -1,9 +1,11 @@
 """The recipes in configs/: each loads, has the published sizes, and says how to run it."""
 
 import pytest
+import torch
 
 from seqengine.config.layers import PRESETS, preset_names
 from seqengine.config.load import load
+from seqengine.model import LanguageModel
 
 # Width, layers, longest sequence (the published l_max less 2), as published with arXiv:2306.15794.
 SIZES = {
@@ -17,11 +19,46 @@ SIZES = {
 }
 
 
-RECIPES = [name for name in preset_names() if name != "demo"]
+# Millions of parameters, from the names that the models were published under; GLA has its head apart.
+LANGUAGE_MODELS = {
+    "hyena-125m": 124.5, "hyena-355m": 357.1, "hyena-1.3b": 1317.8,
+    "h3-125m": 126.1, "h3-355m": 361.1, "h3-1.3b": 1326.1, "h3-2.7b": 2671.1,
+    "gla-340m": 374.5, "gla-1.3b": 1365.5, "striped-hyena2-1b": 1108.2, "striped-hyena2-7b": 6582.3,
+}  # fmt: skip
+TINY = ["gla-tiny", "h3-tiny", "hyena-tiny", "striped-hyena2-tiny"]
+HYENADNA = [*SIZES, "hyenadna"]
+RECIPES = [*HYENADNA, *LANGUAGE_MODELS, "lm"]
 
 
-def test_the_presets_are_the_published_sizes_and_their_base() -> None:
-    assert preset_names() == sorted([*SIZES, "hyenadna", "demo"])
+def test_the_presets_are_the_published_sizes_their_bases_and_the_tiny_ones() -> None:
+    assert preset_names() == sorted([*RECIPES, *TINY, "demo"])
+
+
+@pytest.mark.parametrize(("name", "millions"), LANGUAGE_MODELS.items())
+def test_language_model_has_the_published_number_of_parameters(name: str, millions: float) -> None:
+    with torch.device("meta"):
+        model = LanguageModel(load(name, need_data=False).config.model)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_tiny_recipe_needs_no_data_and_says_what_to_expect(name: str) -> None:
+    header = (PRESETS / f"{name}.toml").read_text(encoding="utf-8").partition("\n\n")[0]
+    for part in (f"seqengine train {name}\n", "# Hardware:  two CPU cores", "# Expected:  validation loss", "arXiv:"):
+        assert part in header
+    config = load(name).config
+    with torch.device("meta"):
+        model = LanguageModel(config.model)
+    assert sum(p.numel() for p in model.parameters()) < 300_000
+    assert config.total_tokens < 2_000_000
+
+
+def test_striped_hyena_has_the_published_order_of_layers() -> None:
+    names = load("striped-hyena2-7b", need_data=False).config.model.mixer_names
+    assert [i for i, name in enumerate(names) if name == "attention"] == [3, 10, 17, 24, 31]
+    assert [i for i, name in enumerate(names) if name == "hyena_li"][:4] == [2, 6, 9, 13]
+    h3 = load("h3-355m", need_data=False).config.model.mixer_names
+    assert [i for i, name in enumerate(h3) if name == "attention"] == [1, 13]
 
 
 @pytest.mark.parametrize(("name", "size"), SIZES.items())
@@ -42,7 +79,8 @@ def test_preset_names_its_run_and_no_data_file(name: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_preset_header_says_command_hardware_figures_and_source(name: str) -> None:
     header = (PRESETS / f"{name}.toml").read_text(encoding="utf-8").partition("\n\n")[0]
-    for part in (f"seqengine train {name} data.fasta=", "# Hardware:", "# Expected:", "arXiv:2306.15794", "hg38_hyena"):
+    sources = ("arXiv:2306.15794", "hg38_hyena") if name in HYENADNA else ("# Source:",)
+    for part in (f"seqengine train {name} data.fasta=", "# Hardware:", "# Expected:", *sources):
         assert part in header
 
 

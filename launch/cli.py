@@ -1,4 +1,4 @@
-"""The `seqengine` command: train, eval, generate, check, demo, version.
+"""The `seqengine` command: train, eval, generate, check, ckpt, demo, version.
 
 Exit codes: 0 done, 1 failed, 2 bad input, 75 preempted after a good save.
 """
@@ -20,7 +20,7 @@ FAILED, BAD_INPUT = 1, 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. Bad input becomes a message on standard error, one line a problem."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     try:
         return int(arguments.run(arguments))
     except InputError as error:
@@ -38,6 +38,17 @@ def _prints_errors() -> bool:
         return read_processes().local_rank == 0
     except InputError:
         return True
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Settings a.b=c may stand before options and after them."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and "overrides" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,12 +78,20 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=int, help="of so many most likely tokens")
     generate.add_argument("--top-p", type=float, help="of the fewest tokens that have this probability together")
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument(
+        "--distill",
+        metavar="N|auto:TOLERANCE",
+        help="replace filters of max_len taps by N modes, or by as many as keep the relative error of every filter below "
+        "TOLERANCE, so that tokens cost less; the errors are printed on standard error",
+    )
     generate.set_defaults(run=_generate)
 
     check = commands.add_parser("check", help="report everything wrong with a config; start nothing")
     check.add_argument("config", metavar="CONFIG")
     check.add_argument("overrides", nargs="*", metavar="a.b=c")
     check.set_defaults(run=_check)
+
+    _add_ckpt(commands)
 
     demo = commands.add_parser(
         "demo", help="the main job, small: train on two processes, evaluate on one, draw the curve"
@@ -84,6 +103,27 @@ def _parser() -> argparse.ArgumentParser:
     version = commands.add_parser("version", help="versions of this program and of what it stands on")
     version.set_defaults(run=_version)
     return parser
+
+
+def _add_ckpt(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    ckpt = commands.add_parser("ckpt", help="published weights in and out")
+    below = ckpt.add_subparsers(required=True, metavar="COMMAND")
+
+    bring = below.add_parser("import", help="make a run of published weights, to train, evaluate and generate from")
+    bring.add_argument("source", metavar="FOLDER_OR_FILE", type=Path, help="with config.json in it, or beside the file")
+    bring.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="must not exist")
+    bring.add_argument(
+        "overrides", nargs="*", metavar="a.b=c", help="settings of the run, such as data.fasta=genome.fa"
+    )
+    bring.add_argument("--format", help="hyenadna, h3, gla or evo2; found out if not given")
+    bring.set_defaults(run=_ckpt_import)
+
+    write = below.add_parser("export", help="write a run's weights as others publish theirs")
+    write.add_argument("target", metavar="RUN|CHECKPOINT", type=Path)
+    write.add_argument("folder", metavar="FOLDER", type=Path)
+    write.add_argument("--format", required=True, help="hyenadna, h3, gla or evo2")
+    write.add_argument("--force", action="store_true", help="replace an earlier export")
+    write.set_defaults(run=_ckpt_export)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -152,6 +192,18 @@ def _check(arguments: argparse.Namespace) -> int:
 
     print(check_run(load(arguments.config, arguments.overrides, need_data=False).config).describe())
     return 0
+
+
+def _ckpt_import(arguments: argparse.Namespace) -> int:
+    from seqengine.launch.ckpt import import_weights
+
+    return import_weights(arguments.source, arguments.run_dir, arguments.format, arguments.overrides)
+
+
+def _ckpt_export(arguments: argparse.Namespace) -> int:
+    from seqengine.launch.ckpt import export_weights
+
+    return export_weights(arguments.target, arguments.folder, arguments.format, replace=arguments.force)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -114,14 +114,14 @@ def _copy(x: Tensor, offload: bool) -> Tensor:
 class Ledger:
     """What this rank sent, call by call. `parallel.cost` predicts the same integers from the layout.
 
-    tapes: of the blocks that run now, the outermost first. kept: of all blocks whose backward is still to come.
+    tapes: of the blocks that run now, the outermost first.
     Not a dataclass: FSDP copies those among the arguments of a block, and a copy would count for nobody.
     """
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.tapes: list[Tape] = []
-        self.kept: WeakSet[Tape] = WeakSet()
+        self._kept: WeakSet[Tape] | None = None
 
     def record(self, operation: str, sent_bytes: int, messages: int) -> None:
         self.entries.append(Entry(operation, sent_bytes, messages))
@@ -140,7 +140,13 @@ class Ledger:
     @property
     def kept_bytes(self) -> int:
         """What the tapes of all blocks hold at this moment."""
-        return sum(tape.kept_bytes for tape in self.kept)
+        return sum(tape.kept_bytes for tape in self._kept or ())
+
+    def keep(self, tape: Tape) -> None:
+        """A tape whose block's backward is still to come."""
+        if self._kept is None:
+            self._kept = WeakSet()
+        self._kept.add(tape)
 
     def last(self, count: int = 5) -> str:
         """The last calls in words, for errors."""

@@ -47,7 +47,7 @@ def checkpoint(
     def sessions() -> tuple[_Session, _Session]:
         tape = Tape(offload=offload)
         for ledger in ledgers:
-            ledger.kept.add(tape)
+            ledger.keep(tape)
         return _Session(tape, ledgers, replays=False), _Session(tape, ledgers, replays=True)
 
     is_on_gpu = any(isinstance(x, Tensor) and x.device.type == "cuda" for x in (*arguments, *keywords.values()))

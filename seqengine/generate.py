@@ -115,12 +115,14 @@ def prefill(model: LanguageModel, prompts: Sequence[Tensor], chunk_tokens: int) 
     found: list[Tensor] = []
     states: list[ModelState] = []
     for rows in by_length.values():
-        together = torch.stack([prompts[row] for row in rows])
         state: ModelState | None = None
-        for chunk in together.split(chunk_tokens, dim=1):
-            hidden, state = model.advance(chunk.to(device), START if state is None else state)
+        # Each prompt is cut before they are put together: nothing is as long as a prompt but the prompt itself.
+        for chunk in zip(*(prompts[row].split(chunk_tokens) for row in rows), strict=True):
+            hidden, state = model.advance(torch.stack(chunk).to(device), START if state is None else state)
+            last = hidden[:, -1].clone()
+            del hidden
         assert state is not None
-        found.append(model.logits(hidden[:, -1]))
+        found.append(model.logits(last))
         states.append(state)
     if len(states) == 1:
         return found[0], states[0]

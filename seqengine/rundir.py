@@ -32,12 +32,15 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / CHECKPOINTS
 
-    def read_config(self, overrides: tuple[str, ...] = ()) -> Loaded:
-        """The config that the run was started with. Raises InputError if this is no run's directory."""
+    def read_config(self, overrides: tuple[str, ...] = (), *, need_data: bool = True) -> Loaded:
+        """The config that the run was started with. Raises InputError if this is no run's directory.
+
+        need_data: the data files must exist.
+        """
         file = self.path / CONFIG
         if not file.is_file():
             raise InputError(f"{self.path}: must be a run's directory with a {CONFIG}; there is none.")
-        return load(file, overrides)
+        return load(file, overrides, need_data=need_data)
 
     def check_resumable(self, loaded: Loaded, allow: tuple[str, ...] = ()) -> None:
         """Raises InputError naming every key that must not change between two lives of a run."""

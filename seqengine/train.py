@@ -67,7 +67,7 @@ class Trainer:
             return
         for damage in found.skipped:
             self.say(f"passed over a damaged checkpoint: {damage}")
-        if found.record.data_hash != self.genome.content_hash:
+        if found.record.data_hash not in ("", self.genome.content_hash):  # "" of imported weights: no data yet
             raise InputError(
                 f"data.fasta: {found.directory} was trained on other data (content {found.record.data_hash[:12]}); got "
                 f"{self.genome.content_hash[:12]}. Give the same genome, or start another run (run.dir=...)."

@@ -25,7 +25,10 @@ def test_links_between_pages_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize(("name", "blocks"), [("plug_in.md", 5), ("streaming.md", 2), ("parallel.md", 2)])
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [("plug_in.md", 5), ("streaming.md", 2), ("parallel.md", 2), ("weights.md", 3), ("generation.md", 2)],
+)
 def test_code_on_the_page_runs(name, blocks):
     page = (ROOT / "docs" / name).read_text().replace("10_000_000", "300_000")
     found = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)

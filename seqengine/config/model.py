@@ -91,10 +91,18 @@ class ModelConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _tuples(cls, data: Any) -> Any:
-        """TOML has arrays where the section has tuples."""
+        """TOML has arrays where the section has tuples; `layers` say how many they are."""
         if not isinstance(data, dict):
             return data
-        return {k: tuple(v) if k in ("pattern", "layers") and isinstance(v, list) else v for k, v in data.items()}
+        found = {k: tuple(v) if k in ("pattern", "layers") and isinstance(v, list) else v for k, v in data.items()}
+        groups = found.get("layers")
+        if groups and "n_layer" not in found and isinstance(groups, tuple):
+            repeats: list[Any] = [
+                g.get("repeat", 1) if isinstance(g, dict) else getattr(g, "repeat", None) for g in groups
+            ]
+            if all(isinstance(n, int) for n in repeats):
+                found["n_layer"] = sum(repeats)
+        return found
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -109,7 +117,7 @@ class ModelConfig(Section):
         return self
 
     def _check_layers(self) -> None:
-        if self.layers and "pattern" in self.model_fields_set:
+        if self.layers and self.pattern != type(self).model_fields["pattern"].default:
             raise ValueError("model.layers and model.pattern exclude each other; delete one of them")
         for name in self.pattern if not self.layers else [group.mixer for group in self.layers]:
             if name not in MIXERS:
@@ -123,7 +131,7 @@ class ModelConfig(Section):
                 )
         if self.layers:
             depth = sum(group.repeat for group in self.layers)
-            if "n_layer" in self.model_fields_set and depth != self.n_layer:
+            if depth != self.n_layer:
                 raise ValueError(
                     f"model.layers has {depth} layers, model.n_layer = {self.n_layer}; delete model.n_layer"
                 )

@@ -58,6 +58,8 @@ class FilterLayer(S4Layer):
     State: FilterState, O(max_len D) numbers a sample; a token then costs O(max_len D).
     """
 
+    is_bounded = True
+
     def __init__(self, place: Place) -> None:
         super().__init__(place)
         self.d_model, self.max_len = place.d_model, place.max_len

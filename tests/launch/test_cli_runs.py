@@ -75,6 +75,12 @@ def test_generate_goes_on_where_prompts_end(folder, monkeypatch, capsys):
     checkpoint = str(next(Path("runs/run/ckpt").glob("step-*")))
     greedy = ("--prompt", "ACGT", "-n", "5", "--temperature", "0")
     assert generate(checkpoint, *greedy, "--seed", "1") == generate(checkpoint, *greedy, "--seed", "2")
+    assert len(generate("runs/run", *greedy, "--distill", "4").strip()) == 9
+    assert "must be a number of modes" in generate("runs/run", *greedy, "--distill", "many", code=2)
+    assert "got 'auto'" in generate("runs/run", *greedy, "--distill", "auto", code=2)
+    assert "order and max_order must be at least 1" in generate("runs/run", *greedy, "--distill", "0", code=2)
+    assert main(["generate", "runs/run", *greedy, "--distill", "auto:1e-3"]) == 0
+    assert "modes for 66 taps; errors at most: " in capsys.readouterr().err
     assert "got 'X' at position 4" in generate("runs/run", "--prompt", "ACGTX", code=2)
     assert "temperature must be >= 0" in generate("runs/run", "--prompt", "A", "--temperature", "-1", code=2)
     assert "at least one token" in generate("runs/run", "--prompt", "", code=2)

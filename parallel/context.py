@@ -75,7 +75,8 @@ class SequenceContext:
     @classmethod
     def single(cls, tokens: int) -> "SequenceContext":
         """The whole sequence on one rank: every twin is the plain kernel, and nothing is sent."""
-        return cls(None, 0, (0, tokens))
+        # Given here, not by the field's default: torch.compile can trace this call, and not that one.
+        return cls(None, 0, (0, tokens), _ledger=Ledger())
 
     def zigzag(self) -> "SequenceContext":
         """The same sequence, ranks, documents and ledger in 2 P chunks that differ by at most one token; no communication.

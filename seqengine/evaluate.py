@@ -7,9 +7,10 @@ import torch
 
 from seqengine.checkpoint.restore import restore_model
 from seqengine.config.run import RunConfig
+from seqengine.data.masking import mask_tokens
 from seqengine.data.packed import PackedGenome
 from seqengine.data.stream import read_windows, validation_indices
-from seqengine.data.windows import Windows, split_windows
+from seqengine.data.windows import Windows, mix, split_windows
 from seqengine.metrics import bits
 from seqengine.model import LanguageModel
 from seqengine.parallel.context import SequenceContext
@@ -97,14 +98,18 @@ def evaluate(model: LanguageModel, windows: Windows, config: RunConfig, mesh: Me
     most = _most_windows(config, mesh)
     total, count = 0.0, 0
     for start in range(0, len(mine), most):
-        ids, labels = read_windows(windows, mine[start : start + most], begin=begin, end=end)
+        some = mine[start : start + most]
+        ids, labels = read_windows(windows, some, begin=begin, end=end)
+        if not config.model.causal:
+            keys = torch.tensor([mix(config.run.seed, index) >> 1 for index in some])
+            ids, labels = mask_tokens(ids, keys, ctx.positions(), config.train.mask_rate)
         with arithmetic(config, mesh.device):
             nats, tokens = model.loss(ids.to(mesh.device), labels.to(mesh.device), ctx=ctx)
         total += float(nats.double())
         count += int(tokens)
     model.train(was_training)
     all_nats, all_tokens = mesh.sum(total, count)
-    return Evaluation(all_nats / all_tokens, int(all_tokens), len(chosen))
+    return Evaluation(all_nats / max(1.0, all_tokens), int(all_tokens), len(chosen))
 
 
 def evaluate_checkpoint(

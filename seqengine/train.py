@@ -14,6 +14,7 @@ import torch
 from seqengine.checkpoint.state import Progress, Record
 from seqengine.checkpoint.store import CheckpointStore, mesh_record
 from seqengine.config.load import Loaded
+from seqengine.data.masking import chosen_tokens, mask_tokens
 from seqengine.data.packed import PackedGenome
 from seqengine.data.stream import Stream, StreamState
 from seqengine.data.windows import Windows, mix, split_windows
@@ -111,17 +112,18 @@ class Trainer:
         rows = config.windows_per_step // mesh.num_replicas
         first = progress.samples + mesh.replica * rows
         micro = micro_batch_rows(config, rows, mesh)
-        tokens = config.windows_per_step * config.data.seq_len  # over all ranks; every label counts
+        tokens = config.windows_per_step * config.data.seq_len  # over all ranks
+        labels = self._num_labels(first, rows, tokens)
         rate = learning_rate(progress.tokens, config.total_tokens, config.optim.lr, config.schedule)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
         local_nats = 0.0
         for start in range(first, first + rows, micro):
-            local_nats += self._accumulate(start, micro, tokens)
+            local_nats += self._accumulate(start, micro, labels)
         reduce_gradients(self.model, mesh)
         nats, due = mesh.sum(local_nats, float(mesh.rank == 0 and self._save_is_due()))
         norm = float(gradient_norm(self.model))
-        loss = nats / tokens
+        loss = nats / labels
         if math.isfinite(norm) and math.isfinite(loss):
             clip_gradients(self.model, norm, config.train.clip)
             self.optimizer.step()
@@ -132,15 +134,29 @@ class Trainer:
         progress.tokens += tokens
         return StepResult(loss, norm, due > 0)
 
-    def _accumulate(self, first: int, rows: int, tokens: int) -> float:
-        """Gradients of this rank's part of some windows, each token weighing 1 / tokens; returns the sum of nats."""
+    def _num_labels(self, first: int, rows: int, tokens: int) -> float:
+        """Labels of a step over all ranks: every token's, or those of masked ones."""
+        if self.config.model.causal:
+            return float(tokens)
+        positions = self.ctx.positions()
+        chosen = chosen_tokens(self._keys(first, rows), positions, self.config.train.mask_rate)
+        return max(1.0, self.mesh.sum(float(chosen.sum()))[0])
+
+    def _keys(self, first: int, rows: int) -> torch.Tensor:
+        """A number for each sample, for what is random in it."""
+        return torch.tensor([signed(mix(self.config.run.seed, first + row)) for row in range(rows)])
+
+    def _accumulate(self, first: int, rows: int, num_labels: float) -> float:
+        """Gradients of this rank's part of some windows, each label weighing 1 / num_labels; returns the sum of nats."""
         begin, end = self.ctx.bounds[self.ctx.rank], self.ctx.bounds[self.ctx.rank + 1]
         ids, labels = self.stream.batch(first, rows, begin=begin, end=end)
         device = self.mesh.device
-        keys = torch.tensor([signed(mix(self.config.run.seed, first + row)) for row in range(rows)], device=device)
+        keys = self._keys(first, rows)
+        if not self.config.model.causal:
+            ids, labels = mask_tokens(ids, keys, self.ctx.positions(), self.config.train.mask_rate)
         with arithmetic(self.config, device):
-            nats, _ = self.model.loss(ids.to(device), labels.to(device), ctx=self.ctx, dropout_keys=keys)
-        (nats / tokens).backward()
+            nats, _ = self.model.loss(ids.to(device), labels.to(device), ctx=self.ctx, dropout_keys=keys.to(device))
+        (nats / num_labels).backward()
         return float(nats.detach().double())
 
     def _nonfinite(self, loss: float, norm: float, first: int) -> None:

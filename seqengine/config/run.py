@@ -122,6 +122,15 @@ def _alphabet_fits_model(model: ModelConfig) -> Iterator[Problem]:
         )
 
 
+def _has_tokens_to_tell(model: ModelConfig) -> Iterator[Problem]:
+    if model.num_classes:
+        yield Problem(
+            ("model.num_classes",),
+            f"model.num_classes = {model.num_classes}: a run learns from tokens, and has no labelled sequences; set "
+            "model.num_classes = 0, or train the model's `loss` in a loop of your own",
+        )
+
+
 def _data_files(data: DataSection) -> Iterator[Problem]:
     if data.source == "fasta" and data.bed is not None and data.fasta is None:
         yield Problem(
@@ -182,6 +191,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Problem]]], ...] = (
     (("data", "parallel"), _ranks_have_tokens),
     (("data", "model"), _window_fits_model),
     (("model",), _alphabet_fits_model),
+    (("model",), _has_tokens_to_tell),
     (("data",), _data_files),
     (("data",), _synthetic_genome),
     (("train", "schedule"), _warmup_ends),

@@ -102,6 +102,8 @@ class TrainSection(Section):
     """Windows per forward pass on one data-parallel rank; auto = as many as keep 64Ki tokens on a rank."""
     clip: Annotated[float, Field(ge=0.0)] = 1.0
     """Largest gradient norm over all parameters; 0 = no clipping."""
+    mask_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.15
+    """With model.causal = false: share of the tokens that are hidden and have to be told."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What to do when the loss or the gradient norm is not finite."""
 

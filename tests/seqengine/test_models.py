@@ -182,7 +182,7 @@ def test_saved_weights_are_the_model(name, tmp_path):
 def test_compiled_is_eager(name):
     model, (ids, labels, mask) = make(name), batch(name)
     loss = torch.compile(model.loss, backend="aot_eager", fullgraph=True)
-    nats, _ = loss(ids, labels, mask=mask, ctx=SequenceContext.single(T))
+    nats, _ = loss(ids, labels, mask=mask)
     nats.backward()
     expected, _, gradients = whole(name)
     assert float(nats.detach()) == pytest.approx(expected, rel=TOLERANCE)

@@ -1,0 +1,64 @@
+"""Masked tokens: the published shares, the same whatever the split, and a run that learns from them."""
+
+import pytest
+import torch
+
+from seqengine.data.masking import IGNORE, chosen_tokens, mask_tokens
+from seqengine.data.tokenizer import MASK, A
+from seqengine.errors import InputError
+from tests.seqengine.runs import config, losses, train_on
+
+KEYS = torch.arange(100, 164)
+POSITIONS = torch.arange(500)
+IDS = torch.randint(7, 11, (64, 500), generator=torch.Generator().manual_seed(0))
+
+
+def test_shares_are_the_published_ones():
+    inputs, labels = mask_tokens(IDS, KEYS, POSITIONS, 0.15)
+    chosen = labels != IGNORE
+    assert torch.equal(chosen, chosen_tokens(KEYS, POSITIONS, 0.15))
+    assert torch.equal(labels[chosen], IDS[chosen])
+    assert torch.equal(inputs[~chosen], IDS[~chosen])
+    share = [chosen, inputs[chosen] == MASK, inputs[chosen] == IDS[chosen]]
+    # A replaced base is the old one in a quarter of the cases.
+    for found, expected in zip(share, [0.15, 0.8, 0.1 + 0.1 / 4], strict=True):
+        assert float(found.double().mean()) == pytest.approx(expected, abs=0.02)
+    others = inputs[chosen & (inputs != MASK)]
+    assert set(others.unique().tolist()) == set(range(A, A + 4))
+    for window in chosen:  # no window without, none with all
+        assert 0.02 < float(window.double().mean()) < 0.4
+
+
+def test_any_split_hides_the_same_tokens():
+    whole = mask_tokens(IDS, KEYS, POSITIONS, 0.3)
+    for start, stop in ((0, 170), (170, 171), (171, 500)):
+        part = mask_tokens(IDS[5:9, start:stop], KEYS[5:9], POSITIONS[start:stop], 0.3)
+        for found, expected in zip(part, whole, strict=True):
+            assert torch.equal(found, expected[5:9, start:stop])
+    assert not torch.equal(chosen_tokens(KEYS[:1], POSITIONS, 0.5), chosen_tokens(KEYS[1:2], POSITIONS, 0.5))
+    assert bool(chosen_tokens(KEYS, POSITIONS, 1.0).all())
+
+
+MASKED = (
+    "model.arch=lm", "model.pattern=['attention']", "model.causal=false", "model.filter.order=64", "train.mask_rate=0.3",
+    "model.mixers.attention.num_heads=2", "precision.params=fp64", "model.embed_dropout=0.2",
+)  # fmt: skip
+
+
+def test_a_masked_run_is_the_same_on_every_mesh_and_learns(tmp_path):
+    folders = []
+    for ranks, sequence in ((1, 1), (2, 2), (2, 1)):
+        folder = tmp_path / f"{ranks}-{sequence}"
+        folder.mkdir()
+        folders.append(folder)
+        train_on(ranks, folder, *MASKED, "train.steps=8", f"parallel.sequence={sequence}")
+    alone = losses(folders[0])
+    assert len(alone) == 8
+    assert alone[-1] < alone[0]
+    for folder in folders[1:]:
+        assert losses(folder) == pytest.approx(alone, rel=1e-10)
+
+
+def test_a_run_refuses_a_model_that_tells_classes(tmp_path):
+    with pytest.raises(InputError, match="no labelled sequences"):
+        config(tmp_path, "model.arch=lm", "model.filter.order=64", "model.num_classes=3")

@@ -24,6 +24,7 @@ from seqengine.metrics import Metrics, bits, peak_memory_bytes
 from seqengine.model import build_model
 from seqengine.optim import build_optimizer, clip_gradients, gradient_norm, learning_rate, set_learning_rate
 from seqengine.parallel.context import SequenceContext
+from seqengine.parallel.guard import agree, guard_sequence_mixers
 from seqengine.parallel.mesh import Mesh, reduce_gradients
 from seqengine.rundir import RunDirectory, versions
 
@@ -46,6 +47,7 @@ class Trainer:
 
     def __init__(self, loaded: Loaded, genome: PackedGenome, mesh: Mesh) -> None:
         config = loaded.config
+        agree(config.model_dump(mode="json"), mesh, "the config")
         self.config, self.mesh, self.genome = config, mesh, genome
         self.run = RunDirectory(config.run_dir)
         windows = split_windows(genome, config.data)
@@ -54,6 +56,8 @@ class Trainer:
             windows["train"], seed=config.run.seed, rc_prob=config.data.rc_prob, window_mode=config.data.window
         )
         self.model = build_model(config.model, seed=config.run.seed, params=config.precision.params, device=mesh.device)
+        if mesh.sequence_size > 1:
+            guard_sequence_mixers(self.model, mesh)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.store = CheckpointStore(self.run.checkpoints, mesh, keep=config.ckpt.keep)
         self.ctx = SequenceContext.even(mesh.sequence, config.data.seq_len)

@@ -4,10 +4,14 @@ import json
 import math
 
 import pytest
+import torch
 
 from seqengine.data.packed import pack
 from seqengine.data.stream import Stream
 from seqengine.metrics import read_metrics
+from seqengine.parallel.mesh import Mesh
+from seqengine.train import Trainer
+from tests.ranks import run_ranks
 from tests.seqengine.runs import config, is_same, losses, train_on
 
 
@@ -173,3 +177,32 @@ def test_training_learns_the_lag_of_the_synthetic_genome(tmp_path):
         1, tmp_path, "model.d_model=32", "train.steps=150", "train.batch_tokens=2048", "log.every=50", "data.rc_prob=0"
     )[0]
     assert final < 1.25, "nats per base; an order-2 Markov chain alone is at 1.33"
+
+
+def _ranks_with_different_configs(group, folder):
+    loaded = config(folder, "parallel.sequence=2", *(["optim.lr=0.5"] if group.rank() == 1 else []))
+    mesh = Mesh.create(1, 2, torch.device("cpu"))
+    try:
+        Trainer(loaded, pack(loaded.config.data), mesh)
+    except ValueError as error:
+        return str(error)
+    return "nothing was said"
+
+
+def test_ranks_with_different_configs_do_not_begin(tmp_path):
+    pack(config(tmp_path).config.data)
+    for said in run_ranks(2, _ranks_with_different_configs, tmp_path):
+        assert "the config must be the same on every rank; got rank 1" in said
+        assert '"lr": 0.5' in said
+
+
+def _mixer_without_context(group, folder):
+    loaded = config(folder, "parallel.sequence=2")
+    trainer = Trainer(loaded, pack(loaded.config.data), Mesh.create(1, 2, torch.device("cpu")))
+    with pytest.raises(ValueError, match=r"blocks\.0\.mixer \(Hyena\): a sequence mixer must get the SequenceContext"):
+        trainer.model(torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_a_model_of_several_sequence_ranks_refuses_to_run_on_a_shard_alone(tmp_path):
+    pack(config(tmp_path).config.data)
+    run_ranks(2, _mixer_without_context, tmp_path)

@@ -48,20 +48,23 @@ class Tables(NamedTuple):
     decay: Tensor  # [d, 1, N], float64 or complex128
 
 
-def chunk_length(tokens: int) -> int:
-    """The largest power of two whose square is at most `tokens`: a channel's Toeplitz matrix never outgrows its input."""
+def chunk_length(batch: int, tokens: int) -> int:
+    """The largest power of two up to `tokens` whose square is at most batch * tokens.
+
+    So a channel's Toeplitz matrix never outgrows its input, and short sequences of a large batch still go in few chunks.
+    """
     chunk = 1
-    while 2 * chunk <= LONGEST_CHUNK and 4 * chunk * chunk <= tokens:
+    while 2 * chunk <= min(LONGEST_CHUNK, tokens) and 4 * chunk * chunk <= batch * tokens:
         chunk *= 2
     return chunk
 
 
 def _sizes(u: Tensor, log_poles: Tensor) -> tuple[int, int, int]:
-    """Tokens of a chunk, channels of a block, and tokens of a segment, which is at least 16 chunks."""
+    """Tokens of a chunk, channels of a block, and tokens of a segment: at least 16 chunks, or all that there are."""
     B, D, T = u.shape
-    chunk, modes = chunk_length(T), log_poles.shape[1] * (2 if log_poles.is_complex() else 1)
+    chunk, modes = chunk_length(B, T), log_poles.shape[1] * (2 if log_poles.is_complex() else 1)
     budget = BLOCK_ELEMENTS.get(u.device.type, 1 << 20)
-    widest = min(budget // (chunk * (chunk + 2 * modes)), budget // (16 * B * (chunk + modes)))
+    widest = min(budget // (chunk * (chunk + 2 * modes)), budget // (min(16, -(-T // chunk)) * B * (chunk + modes)))
     width = max(1, min(D, widest))
     return chunk, width, chunk * max(1, budget // (width * B * (chunk + modes)))
 
@@ -263,7 +266,7 @@ def whole_convolve(
     channel a Toeplitz matrix no larger than its input.
     """
     T = int(u.shape[-1])  # a traced graph is for this length
-    chunk = chunk_length(T)
+    chunk = chunk_length(1, T)
     whole = T - T % chunk
     segments = [(0, whole, chunk)] + ([(whole, T, T - whole)] if whole < T else [])
     block = _Block(slice(None), log_poles, residues, segments, real_dtype(u, log_poles, residues))

@@ -28,6 +28,18 @@ def test_the_answer_stands_behind_what_is_asked(task):
             assert answer == row[row.index(made.mark) + 1]
 
 
+def test_every_repeated_key_can_ask():
+    task = RecallTask("recall", seed=3)
+    ids, labels = task.batch(0, 50, every=True)
+    assert torch.equal(labels[:, -1], task.batch(0, 50)[1][:, -1])
+    for row, asked in zip(ids.tolist(), labels.tolist(), strict=True):
+        seen = {}
+        for place in range(0, 38, 2):
+            assert asked[place] == seen.get(row[place], IGNORE)
+            assert asked[place + 1] == IGNORE
+            seen[row[place]] = row[place + 1]
+
+
 def test_examples_are_functions_of_seed_and_number():
     task = RecallTask("recall", seed=1)
     ids, _ = task.batch(0, 8)

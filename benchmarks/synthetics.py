@@ -3,8 +3,8 @@
     python benchmarks/synthetics.py --patterns h3 h3,attention hyena --out benchmarks/results/here
 
 Trains a model of each pattern on examples that never repeat (in recall, every repeated key asks for its value), and stops when
-the accuracy on 500 unseen ones is above --enough, or after --steps. Prints a line a pattern and task; exit code 1 if one that has a goal (GOALS) misses it. Writes
-synthetics.json to --out.
+the accuracy on 500 unseen ones is above --enough, or after --steps. Prints a line a pattern and task; exit code 1 if one
+that has a goal (GOALS) misses it. Writes synthetics.json to --out.
 """
 
 import argparse

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from seqengine.blocks import Block, GatedMlp
 from seqengine.config.model import ModelConfig
 from seqengine.errors import InputError
+from seqengine.interop.entries import Entry, key_problems
 from seqengine.mixers.attention import Attention
 from seqengine.mixers.hyena_li import HyenaLI
 from seqengine.mixers.hyena_mr import HyenaMR
@@ -216,8 +217,8 @@ def _mlp_width(config: Mapping[str, Any]) -> int:
     return -(-width // multiple) * multiple
 
 
-class _Entry:
-    """One key of the layout: a tensor of the model in another shape and order.
+class _Ordered(Entry):
+    """A tensor of the model in another shape and order.
 
     order: the file's rows in our order. flip: taps the other way round. value: what is written out, if not the tensor itself.
     """
@@ -232,9 +233,8 @@ class _Entry:
         value: Callable[[], Tensor] | None = None,
         required: bool = True,
     ) -> None:
-        self.tensor, self.value, self.required = tensor, value, required
-        self.shape = shape or tuple(tensor.shape)
-        self.order, self.flip = order, flip
+        super().__init__(tensor, shape, required=required)
+        self.order, self.flip, self.value = order, flip, value
         self.dtype = tensor.dtype
 
     def read(self) -> Tensor:
@@ -249,7 +249,7 @@ class _Entry:
         self.tensor.copy_(theirs.flip(1) if self.flip else theirs)
 
 
-class _Frequencies(_Entry):
+class _Frequencies(_Ordered):
     """Of rotary attention, in float64: float32 unless the file has something else."""
 
     def __init__(self, rotary: Rotary) -> None:
@@ -260,20 +260,20 @@ class _Frequencies(_Entry):
         self.rotary.set_frequencies(value)
 
 
-def _entries(model: LanguageModel, layout: Layout) -> Iterator[tuple[str, _Entry]]:
-    yield "embedding_layer.weight", _Entry(model.embedding.weight)
+def _entries(model: LanguageModel, layout: Layout) -> Iterator[tuple[str, _Ordered]]:
+    yield "embedding_layer.weight", _Ordered(model.embedding.weight)
     for i, block in enumerate(model.each_block()):
         for key, entry in _block_entries(block, layout):
             yield f"blocks.{i}.{key}", entry
-    yield "norm.scale", _Entry(model.norm.weight)  # type: ignore[arg-type]
-    yield "unembed.weight", _Entry(model.head_weight, required=not model.config.tied_head)
+    yield "norm.scale", _Ordered(model.norm.weight)  # type: ignore[arg-type]
+    yield "unembed.weight", _Ordered(model.head_weight, required=not model.config.tied_head)
 
 
-def _block_entries(block: Block, layout: Layout) -> Iterator[tuple[str, _Entry]]:
+def _block_entries(block: Block, layout: Layout) -> Iterator[tuple[str, _Ordered]]:
     for name, ours in (("pre_norm.scale", "norm1"), ("post_norm.scale", "norm2")):
-        yield name, _Entry(block.get_submodule(ours).weight)  # type: ignore[arg-type]
+        yield name, _Ordered(block.get_submodule(ours).weight)  # type: ignore[arg-type]
     for name, ours in (("l1", "gate"), ("l2", "up"), ("l3", "down")):
-        yield f"mlp.{name}.weight", _Entry(block.get_submodule(f"mlp.{ours}").weight)  # type: ignore[arg-type]
+        yield f"mlp.{name}.weight", _Ordered(block.get_submodule(f"mlp.{ours}").weight)  # type: ignore[arg-type]
     mixer = block.mixer
     if isinstance(mixer, Attention):
         yield from _attention_entries(mixer, layout)
@@ -282,14 +282,14 @@ def _block_entries(block: Block, layout: Layout) -> Iterator[tuple[str, _Entry]]
         yield from _hyena_entries(mixer, layout)
 
 
-def _linear_entries(name: str, layer: nn.Linear, order: Tensor | None = None) -> Iterator[tuple[str, _Entry]]:
-    yield f"{name}.weight", _Entry(layer.weight, order=order)
+def _linear_entries(name: str, layer: nn.Linear, order: Tensor | None = None) -> Iterator[tuple[str, _Ordered]]:
+    yield f"{name}.weight", _Ordered(layer.weight, order=order)
     bias: Tensor | None = layer.bias
     if bias is not None:
-        yield f"{name}.bias", _Entry(bias, order=order)
+        yield f"{name}.bias", _Ordered(bias, order=order)
 
 
-def _attention_entries(mixer: Attention, layout: Layout) -> Iterator[tuple[str, _Entry]]:
+def _attention_entries(mixer: Attention, layout: Layout) -> Iterator[tuple[str, _Ordered]]:
     name, order = "inner_mha_cls", None
     if layout.column_split and mixer.kv_heads == mixer.heads:
         rows = torch.arange(mixer.qkv_proj.out_features)
@@ -300,25 +300,25 @@ def _attention_entries(mixer: Attention, layout: Layout) -> Iterator[tuple[str, 
         yield f"{name}.rotary_emb.inv_freq", _Frequencies(mixer.rotary)
 
 
-def _hyena_entries(mixer: StripedOperator, layout: Layout) -> Iterator[tuple[str, _Entry]]:
+def _hyena_entries(mixer: StripedOperator, layout: Layout) -> Iterator[tuple[str, _Ordered]]:
     order = _projection_order(mixer.in_proj.out_features, layout)
     yield from _linear_entries("projections", mixer.in_proj, order)
     yield from _linear_entries("out_filter_dense", mixer.out_proj)
     width, taps = mixer.short_weight.shape
-    yield "filter.short_filter_weight", _Entry(mixer.short_weight, (width, 1, taps), order=order, flip=True)
+    yield "filter.short_filter_weight", _Ordered(mixer.short_weight, (width, 1, taps), order=order, flip=True)
     if mixer.short_bias is not None:
-        yield "filter.short_filter_bias", _Entry(mixer.short_bias, order=order)
+        yield "filter.short_filter_bias", _Ordered(mixer.short_bias, order=order)
     if isinstance(mixer, HyenaLI):
         poles = mixer.residues if mixer.log_poles is None else mixer.log_poles
-        yield "filter.log_poles", _Entry(poles, (*poles.shape, 1), value=mixer.log_poles_now)
-        yield "filter.residues", _Entry(mixer.residues)
+        yield "filter.log_poles", _Ordered(poles, (*poles.shape, 1), value=mixer.log_poles_now)
+        yield "filter.residues", _Ordered(mixer.residues)
     else:
         assert isinstance(mixer, (HyenaSE, HyenaMR))
         groups, taps = mixer.filter.shape
         value = mixer.taps_now if isinstance(mixer, HyenaMR) else None
-        yield "filter.h", _Entry(mixer.filter, (groups, 1, taps), flip=taps < LONG_TAPS, value=value)
+        yield "filter.h", _Ordered(mixer.filter, (groups, 1, taps), flip=taps < LONG_TAPS, value=value)
     if mixer.skip is not None:
-        yield "filter.D", _Entry(mixer.skip)
+        yield "filter.D", _Ordered(mixer.skip)
 
 
 def _projection_order(rows: int, layout: Layout) -> Tensor:
@@ -334,15 +334,8 @@ def _projection_order(rows: int, layout: Layout) -> Tensor:
     return order
 
 
-def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, _Entry]) -> None:
-    problems = []
-    for key, entry in expected.items():
-        if key not in tensors:
-            if entry.required:
-                problems.append(f"evo2.load: {key} is missing; its shape must be {entry.shape}.")
-        elif tuple(tensors[key].shape) != entry.shape:
-            problems.append(f"evo2.load: {key} must have shape {entry.shape}; got {tuple(tensors[key].shape)}.")
-    problems += [f"evo2.load: {key} is not a key of this model." for key in tensors if key not in expected]
+def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, _Ordered]) -> None:
+    problems = key_problems("evo2.load", tensors, expected)
     if problems:
         raise InputError(*problems)
     head, embedding = tensors.get("unembed.weight"), tensors["embedding_layer.weight"]

@@ -15,6 +15,7 @@ from torch import Tensor
 from seqengine.blocks import Block, GatedMlp
 from seqengine.config.model import ModelConfig
 from seqengine.errors import InputError
+from seqengine.interop.entries import Entry, ShortFilter, key_problems
 from seqengine.mixers.gla import Gla
 from seqengine.model import LanguageModel, to_float64
 
@@ -194,15 +195,12 @@ def mlp_width(hidden_size: int, hidden_ratio: int) -> int:
     return -(-width // MLP_MULTIPLE) * MLP_MULTIPLE
 
 
-class _Entry:
-    """One key of the layout: some rows of one or more of the model's tensors, which it reads and writes."""
+class _Joined(Entry):
+    """Rows of several of the model's tensors under one key."""
 
-    def __init__(self, *tensors: Tensor, required: bool = True) -> None:
-        self.tensors, self.required = tensors, required
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (sum(len(t) for t in self.tensors), *self.tensors[0].shape[1:])
+    def __init__(self, *tensors: Tensor) -> None:
+        super().__init__(tensors[0], (sum(len(t) for t in tensors), *tensors[0].shape[1:]))
+        self.tensors = tensors
 
     def read(self) -> Tensor:
         return torch.cat([t.detach() for t in self.tensors])
@@ -212,59 +210,44 @@ class _Entry:
             t.copy_(part)
 
 
-class _ShortFilter(_Entry):
-    """A Conv1d weight [D, 1, W] has the tap at the largest lag first; ours [D, W] has lag 0 first."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        (t,) = self.tensors
-        return (t.shape[0], 1, t.shape[1])
-
-    def read(self) -> Tensor:
-        return self.tensors[0].detach().flip(1)[:, None].clone()
-
-    def write(self, value: Tensor) -> None:
-        self.tensors[0].copy_(value[:, 0].flip(1))
-
-
-def _entries(model: LanguageModel, layout: Layout) -> Iterator[tuple[str, _Entry]]:
+def _entries(model: LanguageModel, layout: Layout) -> Iterator[tuple[str, Entry]]:
     prefix = layout.prefix
-    yield f"{prefix}embeddings.weight", _Entry(model.embedding.weight)
+    yield f"{prefix}embeddings.weight", Entry(model.embedding.weight)
     for i, block in enumerate(model.each_block()):
         for key, entry in _block_entries(block, layout):
             yield f"{prefix}layers.{i}.{key}", entry
-    yield f"{prefix}norm.weight", _Entry(model.norm.weight)  # type: ignore[arg-type]
+    yield f"{prefix}norm.weight", Entry(model.norm.weight)  # type: ignore[arg-type]
     if layout.head is not None:
-        yield layout.head, _Entry(model.head_weight, required=not model.config.tied_head)
+        yield layout.head, Entry(model.head_weight, required=not model.config.tied_head)
 
 
-def _block_entries(block: Block, layout: Layout) -> Iterator[tuple[str, _Entry]]:
+def _block_entries(block: Block, layout: Layout) -> Iterator[tuple[str, Entry]]:
     mixer, mlp = block.mixer, block.mlp
     assert isinstance(mixer, Gla)
     assert isinstance(mlp, GatedMlp)
     assert block.norm2 is not None
-    yield "attn_norm.weight", _Entry(block.norm1.weight)  # type: ignore[arg-type]
+    yield "attn_norm.weight", Entry(block.norm1.weight)  # type: ignore[arg-type]
     inputs = mixer.inputs
     for name, rows in zip("qkv", inputs.proj.weight.split(inputs.widths), strict=True):
-        yield f"attn.{name}_proj.weight", _Entry(rows)
+        yield f"attn.{name}_proj.weight", Entry(rows)
     if inputs.conv_weight is not None:
         for name, rows in zip("qkv", inputs.conv_weight.split(inputs.widths), strict=True):
-            yield f"attn.{name}_conv1d.weight", _ShortFilter(rows)
-    yield "attn.gk_proj.0.weight", _Entry(mixer.decay_in.weight)
-    yield "attn.gk_proj.1.weight", _Entry(mixer.decay_out.weight)
-    yield "attn.gk_proj.1.bias", _Entry(mixer.decay_out.bias)
+            yield f"attn.{name}_conv1d.weight", ShortFilter(rows)
+    yield "attn.gk_proj.0.weight", Entry(mixer.decay_in.weight)
+    yield "attn.gk_proj.1.weight", Entry(mixer.decay_out.weight)
+    yield "attn.gk_proj.1.bias", Entry(mixer.decay_out.bias)
     if mixer.gate is not None:
-        yield "attn.g_proj.weight", _Entry(mixer.gate.weight)
+        yield "attn.g_proj.weight", Entry(mixer.gate.weight)
     if mixer.norm.weight is not None:
-        yield f"attn.{layout.norm}.weight", _Entry(mixer.norm.weight)
-    yield "attn.o_proj.weight", _Entry(mixer.out_proj.weight)
-    yield "mlp_norm.weight", _Entry(block.norm2.weight)  # type: ignore[arg-type]
+        yield f"attn.{layout.norm}.weight", Entry(mixer.norm.weight)
+    yield "attn.o_proj.weight", Entry(mixer.out_proj.weight)
+    yield "mlp_norm.weight", Entry(block.norm2.weight)  # type: ignore[arg-type]
     if layout.joined_mlp:
-        yield "mlp.gate_proj.weight", _Entry(mlp.gate.weight, mlp.up.weight)
+        yield "mlp.gate_proj.weight", _Joined(mlp.gate.weight, mlp.up.weight)
     else:
-        yield "mlp.gate_proj.weight", _Entry(mlp.gate.weight)
-        yield "mlp.up_proj.weight", _Entry(mlp.up.weight)
-    yield "mlp.down_proj.weight", _Entry(mlp.down.weight)
+        yield "mlp.gate_proj.weight", Entry(mlp.gate.weight)
+        yield "mlp.up_proj.weight", Entry(mlp.up.weight)
+    yield "mlp.down_proj.weight", Entry(mlp.down.weight)
 
 
 def _chosen_layout(model: LanguageModel) -> Layout:
@@ -292,20 +275,8 @@ def _layout(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> Layo
     return Layout(prefix, heads[0] if heads else None, "g_norm_swish_gate" if is_fused else "g_norm", has_one)
 
 
-def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, _Entry], layout: Layout) -> None:
-    problems = []
-    for key, entry in expected.items():
-        if key not in tensors:
-            if entry.required:
-                problems.append(f"gla.load: {key} is missing; its shape must be {entry.shape}.")
-        elif tuple(tensors[key].shape) != entry.shape:
-            got = tuple(tensors[key].shape)
-            problems.append(f"gla.load: {key} must have shape {entry.shape}, by the config; got {got}.")
-    problems += [
-        f"gla.load: {key} is not a key of this model (prefix {layout.prefix!r})."
-        for key in tensors
-        if key not in expected
-    ]
+def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, Entry], layout: Layout) -> None:
+    problems = key_problems("gla.load", tensors, expected, prefix=layout.prefix, source=", by the config")
     head, embedding = layout.head, f"{layout.prefix}embeddings.weight"
     is_twice = head is not None and head in tensors and not expected[head].required
     if not problems and head is not None and is_twice and not torch.equal(tensors[head], tensors[embedding]):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from seqengine.blocks import Block, Mlp
 from seqengine.config.model import ModelConfig
 from seqengine.errors import InputError
+from seqengine.interop.entries import Entry, key_problems
 from seqengine.mixers.attention import Attention
 from seqengine.mixers.diagonal import Initialisation
 from seqengine.mixers.h3 import H3, H3Config
@@ -182,21 +183,7 @@ def _words(error: ValueError) -> str:
     return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'layer'}: {e['msg']}; got {e['input']!r}" for e in found)
 
 
-class _Entry:
-    """One key of the layout: a tensor of the model, or rows of it, under a shape of its own."""
-
-    def __init__(self, tensor: Tensor, shape: tuple[int, ...] | None = None, *, required: bool = True) -> None:
-        self.tensor, self.required = tensor, required
-        self.shape = shape or tuple(tensor.shape)
-
-    def read(self) -> Tensor:
-        return self.tensor.detach().reshape(self.shape).clone()
-
-    def write(self, value: Tensor) -> None:
-        self.tensor.copy_(value.reshape(self.tensor.shape))
-
-
-class _Frequencies(_Entry):
+class _Frequencies(Entry):
     """Frequencies of rotary attention: computed, and taken from the file as they are there."""
 
     def __init__(self, rotary: Rotary, dtype: torch.dtype) -> None:
@@ -210,14 +197,14 @@ class _Frequencies(_Entry):
         self.rotary.set_frequencies(value)
 
 
-def _named(name: str, module: nn.Module) -> Iterator[tuple[str, _Entry]]:
+def _named(name: str, module: nn.Module) -> Iterator[tuple[str, Entry]]:
     for key, parameter in module.named_parameters():
-        yield f"{name}.{key}", _Entry(parameter)
+        yield f"{name}.{key}", Entry(parameter)
 
 
-def _entries(model: LanguageModel, layout: Layout) -> Iterator[tuple[str, _Entry]]:
+def _entries(model: LanguageModel, layout: Layout) -> Iterator[tuple[str, Entry]]:
     prefix, depth = layout.prefix, model.config.depth
-    yield layout.embedding, _Entry(model.embedding.weight)
+    yield layout.embedding, Entry(model.embedding.weight)
     for i, block in enumerate(model.each_block()):
         layer = f"{prefix}layers.{i}."
         if layout.first_norm is None:
@@ -229,10 +216,10 @@ def _entries(model: LanguageModel, layout: Layout) -> Iterator[tuple[str, _Entry
     last = f"{prefix}ln_f" if layout.first_norm is None else f"{prefix}layers.{depth - 1}.norm2"
     yield from _named(last, model.norm)
     if layout.head is not None:
-        yield layout.head, _Entry(model.head_weight, required=not model.config.tied_head)
+        yield layout.head, Entry(model.head_weight, required=not model.config.tied_head)
 
 
-def _block_entries(block: Block, layer: str, norms: tuple[str, str], layout: Layout) -> Iterator[tuple[str, _Entry]]:
+def _block_entries(block: Block, layer: str, norms: tuple[str, str], layout: Layout) -> Iterator[tuple[str, Entry]]:
     mixer, mlp = block.mixer, block.mlp
     if (
         not isinstance(mixer, H3 | Attention)
@@ -257,34 +244,27 @@ def _block_entries(block: Block, layer: str, norms: tuple[str, str], layout: Lay
     yield from _named(f"{layer}mlp", mlp)
 
 
-def _h3_entries(mixer: H3) -> Iterator[tuple[str, _Entry]]:
+def _h3_entries(mixer: H3) -> Iterator[tuple[str, Entry]]:
     weights, biases = mixer.in_proj.weight.chunk(3), mixer.in_proj.bias.chunk(3)
     for name, weight, bias in zip("qkv", weights, biases, strict=True):
-        yield f"{name}_proj.weight", _Entry(weight)
-        yield f"{name}_proj.bias", _Entry(bias)
-    yield "ssm_k_kernel.kernel.B", _Entry(mixer.shift.B)
-    yield "ssm_k_kernel.kernel.C", _Entry(mixer.shift.C, (1, *mixer.shift.C.shape))
-    yield "ssm_k_D", _Entry(mixer.shift_skip)
+        yield f"{name}_proj.weight", Entry(weight)
+        yield f"{name}_proj.bias", Entry(bias)
+    yield "ssm_k_kernel.kernel.B", Entry(mixer.shift.B)
+    yield "ssm_k_kernel.kernel.C", Entry(mixer.shift.C, (1, *mixer.shift.C.shape))
+    yield "ssm_k_D", Entry(mixer.shift_skip)
     ssm = mixer.ssm
-    yield "kernel.kernel.log_dt", _Entry(ssm.log_step)
-    yield "kernel.kernel.inv_A_real", _Entry(ssm.log_decay)
-    yield "kernel.kernel.A_imag", _Entry(ssm.frequency)
-    yield "kernel.kernel.B", _Entry(ssm.B)
-    yield "kernel.kernel.C", _Entry(ssm.C, (1, *ssm.C.shape))
-    yield "D", _Entry(mixer.skip)
+    yield "kernel.kernel.log_dt", Entry(ssm.log_step)
+    yield "kernel.kernel.inv_A_real", Entry(ssm.log_decay)
+    yield "kernel.kernel.A_imag", Entry(ssm.frequency)
+    yield "kernel.kernel.B", Entry(ssm.B)
+    yield "kernel.kernel.C", Entry(ssm.C, (1, *ssm.C.shape))
+    yield "D", Entry(mixer.skip)
     yield from _named("output_linear", mixer.out_proj)
 
 
-def _write(tensors: Mapping[str, Tensor], expected: Mapping[str, _Entry], name: str) -> None:
+def _write(tensors: Mapping[str, Tensor], expected: Mapping[str, Entry], name: str) -> None:
     """Tensors into the model; InputError naming all keys that do not fit, and then nothing is written."""
-    problems = []
-    for key, entry in expected.items():
-        if key not in tensors:
-            if entry.required:
-                problems.append(f"{name}: {key} is missing; its shape must be {entry.shape}.")
-        elif tuple(tensors[key].shape) != entry.shape:
-            problems.append(f"{name}: {key} must have shape {entry.shape}; got {tuple(tensors[key].shape)}.")
-    problems += [f"{name}: {key} is not a key of this model." for key in tensors if key not in expected]
+    problems = key_problems(name, tensors, expected)
     if problems:
         raise InputError(*problems)
     with torch.no_grad():

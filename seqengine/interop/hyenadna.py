@@ -15,6 +15,7 @@ from torch import Tensor
 from seqengine.blocks import Block
 from seqengine.config.model import ModelConfig
 from seqengine.errors import InputError
+from seqengine.interop.entries import Entry, ShortFilter, key_problems
 from seqengine.mixers.hyena import FilterConfig, Hyena
 from seqengine.model import LanguageModel, to_float64
 
@@ -106,35 +107,7 @@ def to_config(config: Mapping[str, Any], *, modulation_shift: float = 0.05, tied
     )
 
 
-class _Entry:
-    """One key of the layout: how to read it from the model and write it there."""
-
-    def __init__(self, tensor: Tensor, shape: tuple[int, ...] | None = None, *, required: bool = True) -> None:
-        self.tensor = tensor
-        self.shape = shape or tuple(tensor.shape)
-        self.required = required
-
-    def read(self) -> Tensor:
-        return self.tensor.detach().reshape(self.shape).clone()
-
-    def write(self, value: Tensor) -> None:
-        self.tensor.copy_(value.reshape(self.tensor.shape))
-
-
-class _ShortFilter(_Entry):
-    """A Conv1d weight [D, 1, W] has the tap at the largest lag first; ours [D, W] has lag 0 first."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        super().__init__(tensor, (tensor.shape[0], 1, tensor.shape[1]))
-
-    def read(self) -> Tensor:
-        return self.tensor.detach().flip(1).reshape(self.shape).clone()
-
-    def write(self, value: Tensor) -> None:
-        self.tensor.copy_(value[:, 0].flip(1))
-
-
-class _Features(_Entry):
+class _Features(Entry):
     """Positional features, or decays: computed, and taken from the file as they are there."""
 
     def __init__(self, mixer: Hyena, name: str, shape: tuple[int, ...], sign: float = 1.0) -> None:
@@ -163,43 +136,43 @@ class _Time(_Features):
         """z brings it."""
 
 
-def _entries(model: LanguageModel, layout: Layout) -> Iterator[tuple[str, _Entry]]:
+def _entries(model: LanguageModel, layout: Layout) -> Iterator[tuple[str, Entry]]:
     prefix = layout.prefix
-    yield f"{prefix}embeddings.word_embeddings.weight", _Entry(model.embedding.weight)
+    yield f"{prefix}embeddings.word_embeddings.weight", Entry(model.embedding.weight)
     for i, block in enumerate(model.each_block()):
         for key, entry in _block_entries(block):
             yield f"{prefix}layers.{i}.{key}", entry
     for name, tensor in model.norm.named_parameters():
-        yield f"{prefix}ln_f.{name}", _Entry(tensor)
+        yield f"{prefix}ln_f.{name}", Entry(tensor)
     if layout.head is not None:
-        yield layout.head, _Entry(model.head_weight, required=not model.config.tied_head)
+        yield layout.head, Entry(model.head_weight, required=not model.config.tied_head)
 
 
-def _block_entries(block: Block) -> Iterator[tuple[str, _Entry]]:
+def _block_entries(block: Block) -> Iterator[tuple[str, Entry]]:
     mixer = block.mixer
     assert isinstance(mixer, Hyena)
     filter = mixer.filter
     for name in ("in_proj", "out_proj"):
-        yield f"mixer.{name}.weight", _Entry(getattr(mixer, name).weight)
-        yield f"mixer.{name}.bias", _Entry(getattr(mixer, name).bias)
-    yield "mixer.short_filter.weight", _ShortFilter(mixer.short_filter_weight)
-    yield "mixer.short_filter.bias", _Entry(mixer.short_filter_bias)
-    yield "mixer.filter_fn.bias", _Entry(mixer.filter_skip)
+        yield f"mixer.{name}.weight", Entry(getattr(mixer, name).weight)
+        yield f"mixer.{name}.bias", Entry(getattr(mixer, name).bias)
+    yield "mixer.short_filter.weight", ShortFilter(mixer.short_filter_weight)
+    yield "mixer.short_filter.bias", Entry(mixer.short_filter_bias)
+    yield "mixer.filter_fn.bias", Entry(mixer.filter_skip)
     l_max, emb_dim = filter.z.shape
     yield "mixer.filter_fn.pos_emb.z", _Features(mixer, "z", (1, l_max, emb_dim))
     yield "mixer.filter_fn.pos_emb.t", _Time(mixer, "z", (1, l_max, 1))
     yield "mixer.filter_fn.modulation.deltas", _Features(mixer, "decay", (1, 1, filter.channels), sign=-1.0)
     order = filter.frequency.shape[0]
     for j, layer in enumerate(filter.hidden_layers):
-        yield f"mixer.filter_fn.implicit_filter.{2 * j}.weight", _Entry(layer.weight)  # type: ignore[arg-type]
-        yield f"mixer.filter_fn.implicit_filter.{2 * j}.bias", _Entry(layer.bias)  # type: ignore[arg-type]
-        frequency = _Entry(filter.frequency, (1, order), required=j == 0)
+        yield f"mixer.filter_fn.implicit_filter.{2 * j}.weight", Entry(layer.weight)  # type: ignore[arg-type]
+        yield f"mixer.filter_fn.implicit_filter.{2 * j}.bias", Entry(layer.bias)  # type: ignore[arg-type]
+        frequency = Entry(filter.frequency, (1, order), required=j == 0)
         yield f"mixer.filter_fn.implicit_filter.{2 * j + 1}.freq", frequency
-    yield f"mixer.filter_fn.implicit_filter.{2 * len(filter.hidden_layers)}.weight", _Entry(filter.output.weight)
+    yield f"mixer.filter_fn.implicit_filter.{2 * len(filter.hidden_layers)}.weight", Entry(filter.output.weight)
     for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
         module = block.get_submodule(name)
-        yield f"{name}.weight", _Entry(module.weight)  # type: ignore[arg-type]
-        yield f"{name}.bias", _Entry(module.bias)  # type: ignore[arg-type]
+        yield f"{name}.weight", Entry(module.weight)  # type: ignore[arg-type]
+        yield f"{name}.bias", Entry(module.bias)  # type: ignore[arg-type]
 
 
 def _plain(key: str) -> str:
@@ -225,21 +198,11 @@ def _is_tied(state_dict: Mapping[str, Tensor], layout: Layout) -> bool:
     return head is None or embedding is None or (head.shape == embedding.shape and torch.equal(head, embedding))
 
 
-def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, _Entry], layout: Layout) -> None:
-    problems = []
-    for key, entry in expected.items():
-        if key not in tensors:
-            if entry.required:
-                problems.append(f"hyenadna.load: {key} is missing; its shape must be {entry.shape}.")
-        elif tuple(tensors[key].shape) != entry.shape:
-            got = tuple(tensors[key].shape)
-            hint = (
-                " The filters depend on l_max: pass the config.json of these weights."
-                if key.endswith((".z", ".t"))
-                else ""
-            )
-            problems.append(f"hyenadna.load: {key} must have shape {entry.shape}; got {got}.{hint}")
-    unknown = [key for key in tensors if key not in expected]
-    problems += [f"hyenadna.load: {key} is not a key of this model (prefix {layout.prefix!r})." for key in unknown]
+def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, Entry], layout: Layout) -> None:
+    problems = key_problems("hyenadna.load", tensors, expected, prefix=layout.prefix, hint=_about_shape)
     if problems:
         raise InputError(*problems)
+
+
+def _about_shape(key: str) -> str:
+    return " The filters depend on l_max: pass the config.json of these weights." if key.endswith((".z", ".t")) else ""

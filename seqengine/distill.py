@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from seqengine.kernels.api import modal_filter
 from seqengine.mixers.diagonal import COMPLEX
-from seqengine.mixers.hyena import Hyena
+from seqengine.mixers.hyena import Hyena, HyenaOperator
 from seqengine.mixers.mixer import Mixer, Start, carried, context_of
-from seqengine.mixers.projection import channels_first
 from seqengine.mixers.s4_layer import FilterLayer, S4Layer
 from seqengine.mixers.striped import undecayed
 from seqengine.modal_fit import Modes, fit
@@ -100,7 +99,7 @@ class ModalHyenaState(NamedTuple):
     """order - 1 tensors [B, D, N], complex."""
 
 
-class ModalHyena(Mixer):
+class ModalHyena(HyenaOperator):
     """The Hyena operator with modal long filters. Takes over the weights of `hyena`.
 
     Shapes: x [B, T, D] -> y [B, T, D]; with ctx, T is this rank's part and the result is this rank's part.
@@ -122,31 +121,13 @@ class ModalHyena(Mixer):
     ) -> tuple[Tensor, ModalHyenaState | None]:
         context = context_of(x, ctx)
         before, goes_on = carried(state)
-        u, short = parallel.short_conv(
-            channels_first(x, self.in_proj),
-            self.short_filter_weight,
-            self.short_filter_bias,
-            ctx=context,
-            initial_state=None if before is None else before.short,
-            output_final_state=goes_on,
-        )
-        *gates, v = u.split(self.d_model, dim=1)
-        states: list[Tensor] = []
-        for i, gate in enumerate(reversed(gates[1:])):
-            channels = slice(i * self.d_model, (i + 1) * self.d_model)
-            v, after = parallel.modal_conv(
-                v,
-                *self.filter.modes(channels),
-                ctx=context,
-                skip=self.filter_skip[channels],
-                pre_gate=gate,
-                post_gate=gates[0] if i == self.order - 2 else None,
-                initial_state=None if before is None else before.modes[i],
-                output_final_state=goes_on,
-            )
-            states += [] if after is None else [after]
-        y = self.out_proj(v.transpose(1, 2))
-        return y, None if short is None else ModalHyenaState(short, tuple(states))
+
+        def convolve(i: int, v: Tensor, **settings: Any) -> tuple[Tensor, Tensor | None]:
+            modes = self.filter.modes(slice(i * self.d_model, (i + 1) * self.d_model))
+            return parallel.modal_conv(v, *modes, initial_state=None if before is None else before.modes[i], **settings)
+
+        y, short, states = self.mix(x, convolve, None if before is None else before.short, goes_on, context)
+        return y, None if short is None else ModalHyenaState(short, states)
 
 
 class ModalLayerState(NamedTuple):

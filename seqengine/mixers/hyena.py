@@ -6,7 +6,7 @@ Poli et al. 2023, arXiv:2302.10866 (operator, filter); Nguyen et al. 2023, arXiv
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import torch
 from pydantic import AfterValidator, Field
@@ -128,7 +128,52 @@ class HyenaState(NamedTuple):
     """order - 1 tensors [D, l_max], made once."""
 
 
-class Hyena(Mixer):
+class Convolution(Protocol):
+    """A long convolution of an operator, by its number: with gates and skip, from its state to the next."""
+
+    def __call__(self, i: int, v: Tensor, **settings: Any) -> tuple[Tensor, Tensor | None]: ...
+
+
+class HyenaOperator(Mixer):
+    """Projections, short convolution and gates of a Hyena operator; what its long convolutions are is said to `mix`."""
+
+    d_model: int
+    order: int
+    in_proj: nn.Linear
+    out_proj: nn.Linear
+    short_filter_weight: nn.Parameter
+    short_filter_bias: nn.Parameter
+    filter_skip: nn.Parameter
+
+    def mix(
+        self, x: Tensor, convolve: Convolution, short_state: Tensor | None, goes_on: bool, ctx: SequenceContext
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        """y, and if it goes on the states of the short and of the long convolutions."""
+        u, short = parallel.short_conv(
+            channels_first(x, self.in_proj),
+            self.short_filter_weight,
+            self.short_filter_bias,
+            ctx=ctx,
+            initial_state=short_state,
+            output_final_state=goes_on,
+        )
+        *gates, v = u.split(self.d_model, dim=1)
+        states: list[Tensor] = []
+        for i, gate in enumerate(reversed(gates[1:])):
+            v, after = convolve(
+                i,
+                v,
+                ctx=ctx,
+                skip=self.filter_skip[i * self.d_model : (i + 1) * self.d_model],
+                pre_gate=gate,
+                post_gate=gates[0] if i == self.order - 2 else None,
+                output_final_state=goes_on,
+            )
+            states += [] if after is None else [after]
+        return self.out_proj(v.transpose(1, 2)), short, tuple(states)
+
+
+class Hyena(HyenaOperator):
     """y = W_out (x_0 * (h_{N-1} (*) x_{N-1} ( ... h_1 (*) (x_1 v)))): order N gates and N - 1 long convolutions.
 
     Shapes: x [B, T, D] -> y [B, T, D]; with ctx, T is this rank's part and the result is this rank's part.
@@ -155,34 +200,17 @@ class Hyena(Mixer):
     ) -> tuple[Tensor, HyenaState | None]:
         context = context_of(x, ctx)
         before, goes_on = carried(state)
-        u, short = parallel.short_conv(
-            channels_first(x, self.in_proj),
-            self.short_filter_weight,
-            self.short_filter_bias,
-            ctx=context,
-            initial_state=None if before is None else before.short,
-            output_final_state=goes_on,
-        )
-        *gates, v = u.split(self.d_model, dim=1)
         filters = self._filters(context, before, goes_on)
-        tails: list[Tensor] = []
-        for i, gate in enumerate(reversed(gates[1:])):
-            v, tail = parallel.long_conv(
-                v,
-                filters[i],
-                ctx=context,
-                skip=self.filter_skip[i * self.d_model : (i + 1) * self.d_model],
-                pre_gate=gate,
-                post_gate=gates[0] if i == self.order - 2 else None,
-                initial_state=None if before is None else before.long[i],
-                output_final_state=goes_on,
+
+        def convolve(i: int, v: Tensor, **settings: Any) -> tuple[Tensor, Tensor | None]:
+            return parallel.long_conv(
+                v, filters[i], initial_state=None if before is None else before.long[i], **settings
             )
-            tails += [] if tail is None else [tail]
-        y = self.out_proj(v.transpose(1, 2))
+
+        y, short, long = self.mix(x, convolve, None if before is None else before.short, goes_on, context)
         if short is None:
             return y, None
-        made = tuple(k for k in filters if isinstance(k, Tensor))
-        return y, HyenaState(short, tuple(tails), Shared(made))
+        return y, HyenaState(short, long, Shared(tuple(k for k in filters if isinstance(k, Tensor))))
 
     def _filters(
         self, ctx: SequenceContext, before: HyenaState | None, goes_on: bool

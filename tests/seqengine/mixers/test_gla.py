@@ -9,18 +9,13 @@ from seqengine.errors import InputError
 from seqengine.mixers.gla import Gla, GlaConfig
 from seqengine.mixers.mixer import START, Place
 from tests.seqengine.mixers.test_contract import close, gradients
+from tests.seqengine.mixers.tiny import with_far_weights
 
 D = 24
 
 
 def mixer_and_inputs(T=9, **settings):
-    """Weights far from those at the start, so that every path of the gradient matters."""
-    mixer = Gla(GlaConfig(**settings), Place(D, 16)).double()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in mixer.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / 3)
-    return mixer, torch.randn(2, T, D, generator=generator, dtype=torch.float64).requires_grad_()
+    return with_far_weights(Gla(GlaConfig(**settings), Place(D, 16)), D, T, 1 / 3)
 
 
 def short_conv(x, w):

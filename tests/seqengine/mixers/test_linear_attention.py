@@ -9,6 +9,7 @@ from seqengine.errors import InputError
 from seqengine.mixers.linear_attention import LinearAttention, LinearAttentionConfig
 from seqengine.mixers.mixer import START, Place
 from tests.seqengine.mixers.test_contract import close, gradients
+from tests.seqengine.mixers.tiny import with_far_weights
 
 D = 12
 FEATURES = {
@@ -19,12 +20,7 @@ FEATURES = {
 
 
 def mixer_and_inputs(T=9, **settings):
-    mixer = LinearAttention(LinearAttentionConfig(**settings), Place(D, 16)).double()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in mixer.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / 3)
-    return mixer, torch.randn(2, T, D, generator=generator, dtype=torch.float64).requires_grad_()
+    return with_far_weights(LinearAttention(LinearAttentionConfig(**settings), Place(D, 16)), D, T, 1 / 3)
 
 
 def definition(m, x, c):

@@ -11,17 +11,13 @@ from seqengine.mixers.retention import Retention, RetentionConfig, RetentionStat
 from seqengine.parallel.context import SequenceContext
 from tests.ranks import run_ranks
 from tests.seqengine.mixers.test_contract import close, gradients
+from tests.seqengine.mixers.tiny import with_far_weights
 
 D = 12
 
 
 def mixer_and_inputs(T=9, **settings):
-    mixer = Retention(RetentionConfig(**settings), Place(D, 16)).double()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in mixer.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / 3)
-    return mixer, torch.randn(2, T, D, generator=generator, dtype=torch.float64).requires_grad_()
+    return with_far_weights(Retention(RetentionConfig(**settings), Place(D, 16)), D, T, 1 / 3)
 
 
 def turned(x, position, base):

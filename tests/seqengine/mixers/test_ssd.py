@@ -14,17 +14,13 @@ from seqengine.mixers.ssd import Ssd, SsdConfig
 from seqengine.model import LanguageModel
 from seqengine.optim import group_settings
 from tests.seqengine.mixers.test_contract import close, gradients
+from tests.seqengine.mixers.tiny import with_far_weights
 
 D = 6
 
 
 def mixer_and_inputs(T=9, **settings):
-    mixer = Ssd(SsdConfig(**settings), Place(D, 16)).double()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in mixer.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / 2)
-    return mixer, torch.randn(2, T, D, generator=generator, dtype=torch.float64).requires_grad_()
+    return with_far_weights(Ssd(SsdConfig(**settings), Place(D, 16)), D, T, 1 / 2)
 
 
 def definition(m, x, c):

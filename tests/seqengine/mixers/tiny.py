@@ -39,3 +39,13 @@ def make(name: str, *, causal: bool = True, seed: int = 0) -> Mixer:
 
 def inputs(batch: int, tokens: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(batch, tokens, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def with_far_weights(mixer: Mixer, width: int, tokens: int, deviation: float) -> tuple[Mixer, torch.Tensor]:
+    """The mixer with weights far from those at the start, so that every path of the gradient matters, and inputs for it."""
+    mixer = mixer.double()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * deviation)
+    return mixer, torch.randn(2, tokens, width, generator=generator, dtype=torch.float64).requires_grad_()

@@ -15,7 +15,6 @@ from seqengine.checkpoint.restore import restore_model
 from seqengine.checkpoint.state import Progress, Record
 from seqengine.checkpoint.store import CheckpointError, CheckpointStore, mesh_record
 from seqengine.config.load import Loaded, load
-from seqengine.config.model import ModelConfig
 from seqengine.config.run import RunConfig
 from seqengine.config.sections import DataSection, PrecisionSection, RunSection, TrainSection
 from seqengine.config.write import changed, dump
@@ -98,7 +97,7 @@ def _failed(error: CheckpointError) -> int:
 
 def _settings(model: LanguageModel, source: Path, run: Path, overrides: Sequence[str]) -> Loaded:
     """The config of the run: the model of the weights, defaults, and what the user says."""
-    before = _by_pattern(model.config)
+    before = model.config
     given = {word.partition("=")[0].strip() for word in overrides}
     window = min(SEQ_LEN, before.max_len)
     start = RunConfig.model_construct(
@@ -137,14 +136,6 @@ def _origin(key: str, value: str, source: str) -> str:
     if key.startswith("model."):
         return source
     return "ckpt import" if key in CHOSEN else "default"
-
-
-def _by_pattern(config: ModelConfig) -> ModelConfig:
-    """The same model with its layers as `pattern`."""
-    if not config.layers:
-        return config
-    values = config.model_dump()
-    return ModelConfig.model_validate({**values, "layers": (), "pattern": config.mixer_names, "n_layer": config.depth})
 
 
 def _copy_of(model: LanguageModel, config: RunConfig, source: Path) -> tuple[LanguageModel, float]:

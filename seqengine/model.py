@@ -37,7 +37,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.padded_vocab, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config)
         self.published_layout: object = None  # set by seqengine.interop: how the weights were spelt
         self.head: nn.Linear | None = None
@@ -58,7 +58,7 @@ class LanguageModel(nn.Module):
         branches = 1 if self.config.mlp == "none" else 2
         for name, parameter in self.named_parameters():
             if name.endswith(RESIDUAL_WEIGHTS):
-                nn.init.normal_(parameter, std=0.02 / (branches * self.config.depth) ** 0.5)
+                nn.init.normal_(parameter, std=0.02 / (branches * self.config.n_layer) ** 0.5)
         for block in self.each_block():
             block.mixer.initialise()
 

@@ -151,11 +151,6 @@ class ModelConfig(Section):
         return self.pattern * (self.n_layer // len(self.pattern))
 
     @property
-    def depth(self) -> int:
-        """Blocks: n_layer, or what `layers` add up to."""
-        return len(self.mixer_names)
-
-    @property
     def l_max(self) -> int:
         """Taps of the longest filters, and tokens of the longest sequence."""
         return self.max_len + 2 if self.arch == "hyenadna" else self.max_len
@@ -171,7 +166,7 @@ class ModelConfig(Section):
     def mixer(self, layer: int) -> tuple[Kind, Section, Place]:
         """How the mixer of a layer is made: kind.make(settings, place)."""
         name = self.mixer_names[layer]
-        place = Place(self.d_model, self.l_max, layer, self.depth, self.causal)
+        place = Place(self.d_model, self.l_max, layer, self.n_layer, self.causal)
         if self.arch == "hyenadna":
             settings: Section = HyenaConfig(order=self.order, short_filter=self.short_filter, filter=self.filter)
         else:

@@ -168,7 +168,7 @@ def published_config(model: LanguageModel) -> dict[str, Any]:
         "architectures": ["GLAForCausalLM"],
         "model_type": "gla",
         "hidden_size": c.d_model,
-        "num_hidden_layers": c.depth,
+        "num_hidden_layers": c.n_layer,
         "intermediate_size": c.inner,
         "num_heads": mixer.num_heads,
         "num_kv_heads": mixer.num_kv_heads,

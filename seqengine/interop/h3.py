@@ -203,7 +203,7 @@ def _named(name: str, module: nn.Module) -> Iterator[tuple[str, Entry]]:
 
 
 def _entries(model: LanguageModel, layout: Layout) -> Iterator[tuple[str, Entry]]:
-    prefix, depth = layout.prefix, model.config.depth
+    prefix, depth = layout.prefix, model.config.n_layer
     yield layout.embedding, Entry(model.embedding.weight)
     for i, block in enumerate(model.each_block()):
         layer = f"{prefix}layers.{i}."

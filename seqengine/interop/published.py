@@ -16,7 +16,7 @@ def h3_config(config: ModelConfig) -> dict[str, Any]:
     where = [i for i, name in enumerate(config.mixer_names) if name == "attention"]
     settings = {
         "d_model": config.d_model,
-        "n_layer": config.depth,
+        "n_layer": config.n_layer,
         "d_inner": config.inner,
         "vocab_size": config.vocab_size,
         "pad_vocab_size_multiple": config.pad_vocab_multiple,
@@ -58,7 +58,7 @@ def evo2_config(config: ModelConfig) -> dict[str, Any]:
     heads, groups = attention.num_heads, attention.num_heads // (attention.num_kv_heads or attention.num_heads)
     return {
         "hidden_size": config.d_model,
-        "num_layers": config.depth,
+        "num_layers": config.n_layer,
         "vocab_size": config.padded_vocab,
         "max_seqlen": config.max_len,
         "inner_mlp_size": config.inner,

@@ -205,7 +205,7 @@ def test_layers_are_the_pattern_written_out():
     by_layers = ModelConfig(layers=groups, **keys)
     by_pattern = ModelConfig(pattern=("gla", "gla", "attention"), n_layer=3, **keys)
     assert by_layers.mixer_names == by_pattern.mixer_names == ("gla", "gla", "attention")
-    assert by_layers.depth == 3
+    assert by_layers.n_layer == 3
     a, b = (build_model(c, seed=0, params="fp64", device=torch.device("cpu")).eval() for c in (by_layers, by_pattern))
     assert torch.equal(a(tokens(1)), b(tokens(1)))
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from seqengine.config.model import ModelConfig
-from seqengine.config.sections import OptimSection, ScheduleSection
+from seqengine.config.optim import OptimSection, ScheduleSection
 from seqengine.data.recall import RecallTask, accuracy
 from seqengine.model import LanguageModel, build_model
 from seqengine.optim import build_optimizer, clip_gradients, gradient_norm, learning_rate, set_learning_rate

@@ -5,8 +5,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from seqengine.config.optim import OptimGroup
 from seqengine.config.run import RunConfig
-from seqengine.config.sections import OptimGroup
 from seqengine.config.values import Section
 
 HEAD = """# Configuration

@@ -14,9 +14,10 @@ from seqengine.check import check_run
 from seqengine.checkpoint.restore import restore_model
 from seqengine.checkpoint.state import Progress, Record
 from seqengine.checkpoint.store import CheckpointError, CheckpointStore, mesh_record
+from seqengine.config.data import DataSection
 from seqengine.config.load import Loaded, load
 from seqengine.config.run import RunConfig
-from seqengine.config.sections import DataSection, PrecisionSection, RunSection, TrainSection
+from seqengine.config.sections import PrecisionSection, RunSection, TrainSection
 from seqengine.config.write import changed, dump
 from seqengine.data.packed import pack
 from seqengine.data.stream import StreamState

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from seqengine.config.sections import OptimSection, ScheduleSection
+from seqengine.config.optim import OptimSection, ScheduleSection
 from seqengine.errors import InputError
 from seqengine.mixers.mixer import ParameterRule
 from seqengine.model import LanguageModel

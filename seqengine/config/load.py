@@ -6,10 +6,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from seqengine.config.data import DataSection
 from seqengine.config.layers import Merged, key_text, lay_over, parse_overrides, read_files
 from seqengine.config.lines import KeyPath
 from seqengine.config.run import RunConfig, check_sections
-from seqengine.config.sections import DataSection
 from seqengine.config.values import Section
 from seqengine.config.wording import problems_of, section_of, unknown_key
 from seqengine.errors import InputError

@@ -12,17 +12,16 @@ from typing import Self
 
 from pydantic import model_validator
 
+from seqengine.config.data import DataSection
 from seqengine.config.model import ModelConfig
+from seqengine.config.optim import OptimSection, ScheduleSection
 from seqengine.config.sections import (
     CkptSection,
-    DataSection,
     EvalSection,
     LogSection,
-    OptimSection,
     ParallelSection,
     PrecisionSection,
     RunSection,
-    ScheduleSection,
     TrainSection,
 )
 from seqengine.config.values import Section

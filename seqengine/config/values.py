@@ -7,9 +7,10 @@ module imports nothing of the project, so any file may import it.
 import re
 from dataclasses import dataclass
 from decimal import Decimal
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Section(BaseModel):
@@ -109,3 +110,18 @@ def parse_steps_or_seconds(value: Any) -> Any:
 Count = Annotated[int, BeforeValidator(parse_count), Wording("a whole number", "1000, '1k', '1Ki' or '10B'")]
 Fraction = Annotated[float, BeforeValidator(parse_fraction), Wording("a number", "0.01 or '1%'")]
 Seconds = Annotated[float, BeforeValidator(parse_duration), Wording("a duration", "'90s', '30min' or '2h'")]
+Positive = Annotated[Count, Field(gt=0)]
+Share = Annotated[Fraction, Field(ge=0.0, le=1.0)]
+
+
+def _path(value: Any) -> Any:
+    """A leading ~ is the home directory: a shell does not expand it inside `data.fasta=~/genome.fa`."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"must be a path; its home directory is not known: {error}") from None
+
+
+FilePath = Annotated[Path, BeforeValidator(_path), Wording("a path in quotes")]

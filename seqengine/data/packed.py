@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from seqengine.config.sections import DataSection, SyntheticSection
+from seqengine.config.data import DataSection, SyntheticSection
 from seqengine.data.fasta import read_records
 from seqengine.data.synthetic import write_fasta
 from seqengine.data.tokenizer import Ids, SoftMask, encode

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from seqengine.config.sections import SyntheticSection
+from seqengine.config.data import SyntheticSection
 from seqengine.data.tokenizer import A, Ids, T
 
 RECORD = "synthetic"

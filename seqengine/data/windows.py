@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from seqengine.config.sections import DataSection
+from seqengine.config.data import DataSection
 from seqengine.data.bed import SPLITS, Interval, read_bed
 from seqengine.data.packed import PackedGenome
 from seqengine.data.tokenizer import Ids, reverse_complement

@@ -10,7 +10,7 @@ import torch
 from seqengine.checkpoint.state import Progress, Record
 from seqengine.checkpoint.store import CheckpointError, CheckpointStore, mesh_record
 from seqengine.config.model import ModelConfig
-from seqengine.config.sections import OptimSection
+from seqengine.config.optim import OptimSection
 from seqengine.errors import InputError
 from seqengine.model import build_model
 from seqengine.optim import build_optimizer

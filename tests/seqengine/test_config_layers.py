@@ -6,7 +6,7 @@ import pytest
 
 from seqengine.config.lines import scan_lines
 from seqengine.config.load import Loaded, load
-from seqengine.config.sections import OptimGroup
+from seqengine.config.optim import OptimGroup
 from seqengine.errors import InputError
 
 STEPS = "[train]\nsteps = 10\n"

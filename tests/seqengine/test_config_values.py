@@ -3,7 +3,9 @@
 import pytest
 from pydantic import ValidationError
 
-from seqengine.config.sections import CkptSection, DataSection, ScheduleSection, TrainSection
+from seqengine.config.data import DataSection
+from seqengine.config.optim import ScheduleSection
+from seqengine.config.sections import CkptSection, TrainSection
 from seqengine.config.values import (
     Section,
     parse_count,

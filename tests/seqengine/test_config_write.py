@@ -6,11 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from seqengine.config.data import DataSection
 from seqengine.config.layers import preset_names
 from seqengine.config.load import Loaded, load
 from seqengine.config.model import ModelConfig
+from seqengine.config.optim import OptimGroup, OptimSection
 from seqengine.config.run import RunConfig
-from seqengine.config.sections import CkptSection, DataSection, OptimGroup, OptimSection, RunSection, TrainSection
+from seqengine.config.sections import CkptSection, RunSection, TrainSection
 from seqengine.config.write import changed, dump
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seqengine.config.model import ModelConfig
-from seqengine.config.sections import OptimGroup, OptimSection, ScheduleSection
+from seqengine.config.optim import OptimGroup, OptimSection, ScheduleSection
 from seqengine.errors import InputError
 from seqengine.model import LanguageModel
 from seqengine.optim import (

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from seqengine.config.sections import DataSection, SyntheticSection
+from seqengine.config.data import DataSection, SyntheticSection
 from seqengine.data import markov
 from seqengine.data.markov import markov_bits
 from seqengine.data.packed import pack

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seqengine.config.sections import DataSection, SyntheticSection
+from seqengine.config.data import DataSection, SyntheticSection
 from seqengine.data import packed
 from seqengine.data.packed import PackedRecord, pack
 from seqengine.data.synthetic import generate

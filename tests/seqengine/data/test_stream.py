@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seqengine.config.sections import DataSection, SyntheticSection
+from seqengine.config.data import DataSection, SyntheticSection
 from seqengine.data.packed import pack
 from seqengine.data.stream import Stream, StreamState, permutation, read_windows, validation_indices
 from seqengine.data.windows import Region, Windows

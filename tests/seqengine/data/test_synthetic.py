@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from seqengine.config.sections import SyntheticSection
+from seqengine.config.data import SyntheticSection
 from seqengine.data import synthetic
 from seqengine.data.synthetic import chain, entropy_floor, generate, surprise, write_fasta
 from seqengine.data.tokenizer import encode

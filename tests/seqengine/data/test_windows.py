@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seqengine.config.sections import DataSection
+from seqengine.config.data import DataSection
 from seqengine.data.bed import Interval
 from seqengine.data.packed import PackedRecord, pack
 from seqengine.data.tokenizer import decode

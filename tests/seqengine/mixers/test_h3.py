@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from seqengine.config.model import ModelConfig
-from seqengine.config.sections import OptimSection
+from seqengine.config.optim import OptimSection
 from seqengine.kernels.api import modal_filter
 from seqengine.mixers.diagonal import DiagonalSSM, initial_poles
 from seqengine.mixers.h3 import H3, H3Config, ShiftSSM

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch.nn import functional as F
 
 from seqengine.config.model import ModelConfig
-from seqengine.config.sections import OptimSection
+from seqengine.config.optim import OptimSection
 from seqengine.mixers.long_conv import LongConv, LongConvConfig
 from seqengine.mixers.mixer import START, Place
 from seqengine.model import build_model

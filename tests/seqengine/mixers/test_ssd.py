@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from seqengine.config.model import ModelConfig
-from seqengine.config.sections import OptimSection
+from seqengine.config.optim import OptimSection
 from seqengine.errors import InputError
 from seqengine.mixers.mixer import Place
 from seqengine.mixers.ssd import Ssd, SsdConfig

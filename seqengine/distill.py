@@ -174,10 +174,13 @@ def distill(
                one mode less has not; at most max_order.
     Dtypes:    modes are stored as the weights are; the fit is in float64, on the model's device.
     Memory:    besides the copy, the filters of one layer and tables of some times 2^22 numbers, or of one filter.
-    Raises:    ValueError if max_order does not reach the tolerance, no filter is that long, or neither or both are given.
+    Raises:    ValueError if the model is not causal, max_order does not reach the tolerance, no filter is that long, or not
+               exactly one of order and tolerance is given.
     """
     if (order is None) == (tolerance is None):
         raise ValueError(f"distill: give either order or tolerance; got {order} and {tolerance}.")
+    if not model.config.causal:
+        raise ValueError("distill: the model must be causal (model.causal = true); modal filters see the past alone.")
     if (order is not None and order < 1) or (tolerance is not None and not tolerance > 0.0) or max_order < 1:
         raise ValueError(
             f"distill: order and max_order must be at least 1, tolerance above 0; got {order}, {max_order}, {tolerance}."

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from seqengine.kernels.api import modal_filter
 from seqengine.mixers.mixer import ParameterRule
 
 Discretisation = Literal["zoh", "bilinear"]
@@ -61,6 +62,8 @@ class DiagonalSSM(nn.Module):
     halves: the modes stand for conjugate pairs, and count twice; else each counts once and only its real part is heard.
     Parameters: log_step [H] (dt); log_decay, frequency [H, M] (A = -exp(log_decay) + i frequency); B, C [H, M, 2].
     Initially A is `poles` in every head, B is one or `B`, C is complex normal times B, and dt log-uniform between the bounds.
+    two_sided: also C_backward [H, M, 2], begun as C, which reads the same systems running backwards. As in S4's code (Gu et al.
+    2022, arXiv:2111.00396) dt, A and B are those of both. A given C is then [2, H, M], that of each direction.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class DiagonalSSM(nn.Module):
         step_min: float,
         step_max: float,
         halves: bool = True,
+        two_sided: bool = False,
         B: Tensor | None = None,
         C: Tensor | None = None,
     ) -> None:
@@ -84,16 +88,32 @@ class DiagonalSSM(nn.Module):
         self.frequency = nn.Parameter(torch.empty(heads, modes))
         self.B = nn.Parameter(torch.empty(heads, modes, 2))
         self.C = nn.Parameter(torch.empty(heads, modes, 2))
+        self.C_backward = nn.Parameter(torch.empty(heads, modes, 2)) if two_sided else None
         with torch.no_grad():
             self.log_decay.copy_((-poles.real).clamp(min=SMALLEST_DECAY).log())
             self.frequency.copy_(poles.imag)
             gain = torch.ones_like(poles) if B is None else B
             self.B.copy_(torch.view_as_real(gain))
-            reading = gain.conj() * torch.randn(heads, modes, dtype=poles.dtype, device="cpu") if C is None else C
-            self.C.copy_(torch.view_as_real(reading.resolve_conj()))
+            if C is None:
+                C = gain.conj() * torch.randn(1 + two_sided, heads, modes, dtype=poles.dtype, device="cpu")
+            readings = torch.view_as_real(C.resolve_conj()).reshape(-1, heads, modes, 2)
+            self.C.copy_(readings[0])
+            if self.C_backward is not None:
+                self.C_backward.copy_(readings[1])
 
     def modes(self) -> tuple[Tensor, Tensor]:
-        """(log_poles, residues) [H, M] for `modal_conv`, complex64 or complex128 as the weights are.
+        """(log_poles, residues) [H, M] for `modal_conv`, complex64 or complex128 as the weights are."""
+        log_poles, residues = self._modes(self.C)
+        return log_poles, residues
+
+    def filters(self, length: int, length_backward: int) -> tuple[Tensor, Tensor]:
+        """The taps [H, length], and those for what follows [H, length_backward]."""
+        assert self.C_backward is not None
+        log_poles, forward, backward = self._modes(self.C, self.C_backward)
+        return modal_filter(log_poles, forward, length), modal_filter(log_poles, backward, length_backward)
+
+    def _modes(self, *readings: Tensor) -> list[Tensor]:
+        """log_poles, then the residues of each C.
 
         Computed in float64: in float32 the logarithm of a pole near 1 would lose what decides over thousands of steps.
         """
@@ -104,9 +124,10 @@ class DiagonalSSM(nn.Module):
             log_poles, gain = z, (torch.exp(z) - 1) / A
         else:
             log_poles, gain = torch.log((1 + z / 2) / (1 - z / 2)), step / (1 - z / 2)
-        residues = self.scale * torch.view_as_complex(self.B.double()) * torch.view_as_complex(self.C.double()) * gain
+        gain = self.scale * torch.view_as_complex(self.B.double()) * gain
         dtype = COMPLEX[self.log_step.dtype]
-        return log_poles.to(dtype), residues.to(dtype)
+        residues = [(gain * torch.view_as_complex(C.double())).to(dtype) for C in readings]
+        return [log_poles.to(dtype), *residues]
 
 
 def diagonal_rules(prefix: str) -> dict[str, ParameterRule]:

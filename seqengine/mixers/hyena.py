@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from seqengine.config.values import Section
 from seqengine.mixers.mixer import Mixer, Place, Shared, Start, carried, context_of
 from seqengine.mixers.projection import channels_first
+from seqengine.mixers.two_sided import check_no_state, taps_to_sides, two_sided_conv
 from seqengine.parallel import api as parallel
 from seqengine.parallel.context import SequenceContext
 
@@ -71,12 +72,14 @@ class ImplicitFilter(nn.Module):
 
     The filters depend on l_max: a model asked for fewer taps cuts them, it does not squeeze them. All sine activations
     share one trained frequency per hidden unit. Computed in float32 at least, whatever autocast says.
+    two_sided: also filters for what follows, of a network of their own with the same features, frequencies and window, as in
+    Monarch Mixer.
     """
 
     z: Tensor
     decay: Tensor
 
-    def __init__(self, channels: int, l_max: int, config: FilterConfig) -> None:
+    def __init__(self, channels: int, l_max: int, config: FilterConfig, *, two_sided: bool = False) -> None:
         super().__init__()
         self.channels, self.l_max = channels, l_max
         self.modulate, self.shift = config.modulate, config.shift
@@ -84,6 +87,11 @@ class ImplicitFilter(nn.Module):
         self.hidden_layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.output = nn.Linear(config.order, channels, bias=False)
         self.frequency = nn.Parameter(torch.full((config.order,), config.sine_w))
+        self.backward_layers: nn.ModuleList | None = None
+        self.backward_output: nn.Linear | None = None
+        if two_sided:
+            self.backward_layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+            self.backward_output = nn.Linear(config.order, channels, bias=False)
         self.register_buffer("z", torch.empty(l_max, config.emb_dim), persistent=False)
         self.register_buffer("decay", torch.empty(channels), persistent=False)
         self.compute_features()
@@ -99,18 +107,22 @@ class ImplicitFilter(nn.Module):
         """Replace z [l_max, emb_dim] or decay [channels]; what was trained is saved with the weights from now on."""
         self.register_buffer(name, value.to(getattr(self, name)), persistent=trained)
 
-    def hidden(self, length: int) -> Tensor:
-        """[length, order]: the last hidden layer, shared by all channels."""
+    def hidden(self, length: int, *, backward: bool = False) -> Tensor:
+        """[length, order]: the last hidden layer, shared by all channels; backward: of the network for what follows."""
         if length > self.l_max:
             raise ValueError(f"ImplicitFilter: at most l_max={self.l_max} taps; got {length}. Raise model.max_len.")
         h = self.z[:length].to(self.output.weight.dtype)
-        for layer in self.hidden_layers:
+        layers = self.backward_layers if backward else self.hidden_layers
+        assert layers is not None
+        for layer in layers:
             h = torch.sin(self.frequency * layer(h))
         return h
 
-    def taps(self, hidden: Tensor, channels: slice) -> Tensor:
-        """[C, length]: the filters of some channels."""
-        k = self.output.weight[channels] @ hidden.T
+    def taps(self, hidden: Tensor, channels: slice, *, backward: bool = False) -> Tensor:
+        """[C, length]: the filters of some channels, for `hidden` of the same network."""
+        output = self.backward_output if backward else self.output
+        assert output is not None
+        k = output.weight[channels] @ hidden.T
         if not self.modulate:
             return k
         time = self.z[: hidden.shape[0], 0]
@@ -179,19 +191,28 @@ class Hyena(HyenaOperator):
     Shapes: x [B, T, D] -> y [B, T, D]; with ctx, T is this rank's part and the result is this rank's part.
     State:  HyenaState, O(l_max D) numbers a sample; a token then costs O(l_max D).
     The filters' bias enters as a skip connection of each convolution.
+
+    Without causality each long convolution has a second filter, for the tokens that follow: see `two_sided`. As in the Hyena of
+    Monarch Mixer (Fu et al. 2023, arXiv:2310.12109) it is made by a second network, and the short convolution stays causal.
+    Two sides at an order N > 2 are ours. The option of HyenaDNA's code, one causal filter and inputs moved by half of their
+    length, is not this.
+    Raises: ValueError for a state without causality.
     """
 
     is_bounded = True
+    is_bidirectional = True
 
     def __init__(self, config: HyenaConfig, place: Place) -> None:
         super().__init__()
         d_model, order, taps = place.d_model, config.order, config.short_filter
         self.d_model, self.l_max, self.order = d_model, place.max_len, order
+        self.causal = place.causal
         width, bound = (order + 1) * d_model, taps**-0.5
         self.in_proj = nn.Linear(d_model, width)
         self.short_filter_weight = nn.Parameter(torch.empty(width, taps).uniform_(-bound, bound))
         self.short_filter_bias = nn.Parameter(torch.empty(width).uniform_(-bound, bound))
-        self.filter = ImplicitFilter((order - 1) * d_model, place.max_len, config.filter)
+        channels = (order - 1) * d_model
+        self.filter = ImplicitFilter(channels, place.max_len, config.filter, two_sided=not place.causal)
         self.filter_skip = nn.Parameter(torch.randn((order - 1) * d_model))
         self.out_proj = nn.Linear(d_model, d_model)
 
@@ -199,6 +220,9 @@ class Hyena(HyenaOperator):
         self, x: Tensor, *, state: HyenaState | Start | None = None, ctx: SequenceContext | None = None
     ) -> tuple[Tensor, HyenaState | None]:
         context = context_of(x, ctx)
+        if not self.causal:
+            check_no_state("Hyena", state)
+            return self._both_ways(x, context), None
         before, goes_on = carried(state)
         filters = self._filters(context, before, goes_on)
 
@@ -212,6 +236,17 @@ class Hyena(HyenaOperator):
             return y, None
         return y, HyenaState(short, long, Shared(tuple(k for k in filters if isinstance(k, Tensor))))
 
+    def _both_ways(self, x: Tensor, ctx: SequenceContext) -> Tensor:
+        before, ahead = taps_to_sides(ctx.total_tokens, ctx.total_tokens)
+        taps, taps_backward = self._taps(before), self._taps(ahead, backward=True)
+        every = slice(0, self.d_model)
+
+        def convolve(i: int, v: Tensor, **settings: Any) -> tuple[Tensor, None]:
+            del settings["output_final_state"]
+            return two_sided_conv(v, taps(i)(every), taps_backward(i)(every), **settings), None
+
+        return self.mix(x, convolve, None, False, ctx)[0]
+
     def _filters(
         self, ctx: SequenceContext, before: HyenaState | None, goes_on: bool
     ) -> list[Tensor] | list[Callable[[slice], Tensor]]:
@@ -223,19 +258,20 @@ class Hyena(HyenaOperator):
             return [taps(i)(slice(0, self.d_model)) for i in range(self.order - 1)]
         return [taps(i) for i in range(self.order - 1)]
 
-    def _taps(self, length: int) -> Callable[[int], Callable[[slice], Tensor]]:
+    def _taps(self, length: int, *, backward: bool = False) -> Callable[[int], Callable[[slice], Tensor]]:
         """taps(i)(channels) makes the filters of some channels of convolution i; the shared network runs once.
 
         A rank that holds a few channels makes only their filters.
         """
         with torch.autocast(self.filter.z.device.type, enabled=False):
-            hidden = self.filter.hidden(length)
+            hidden = self.filter.hidden(length, backward=backward)
 
         def of_convolution(i: int) -> Callable[[slice], Tensor]:
             def of_channels(channels: slice) -> Tensor:
                 with torch.autocast(hidden.device.type, enabled=False):
                     start = i * self.d_model
-                    return self.filter.taps(hidden, slice(start + channels.start, start + channels.stop))
+                    rows = slice(start + channels.start, start + channels.stop)
+                    return self.filter.taps(hidden, rows, backward=backward)
 
             return of_channels
 

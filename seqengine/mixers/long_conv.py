@@ -79,28 +79,41 @@ class Butterfly(nn.Module):
         return MonarchFactors(*(torch.view_as_complex(self.factors[f"{way}_{f}"]) for f in MonarchFactors._fields))
 
 
+def _initial_taps(init: str, place: Place) -> Tensor:
+    """[d_model, max_len]"""
+    channels, length = place.d_model, place.max_len
+    taps = STD[init] * torch.randn(channels, length)
+    if init == "double_exp":
+        rate = (channels // 2) ** (torch.arange(channels) / channels)
+        taps = taps * torch.exp(-rate[:, None] * torch.arange(length) / length)
+    return taps
+
+
 class LongConv(FilterLayer):
     """y = GLU(W gelu(k (*) x + skip * x)), k = squash(smooth(taps)) with max_len taps per channel.
+
+    Without causality, as published: a second set of max_len taps a channel, begun, smoothed and squashed like the first, for
+    the tokens that follow. The last of them meets no token of a sequence of max_len. That the transforms of a butterfly serve
+    both sets is ours.
 
     Shapes: x [B, T, D] -> y [B, T, D]; with ctx, T is this rank's part and the result is this rank's part.
     State:  FilterState, O(max_len D) numbers a sample; a token then costs O(max_len D).
     Raises: ValueError if taps would be dropped in training on a sequence over several ranks: the masks would differ.
+            ValueError for a state without causality.
     """
 
     def __init__(self, config: LongConvConfig, place: Place) -> None:
         super().__init__(place)
         self.squash, self.smooth, self.kernel_dropout = config.squash, config.smooth, config.kernel_dropout
-        channels, length = place.d_model, place.max_len
-        taps = STD[config.init] * torch.randn(channels, length)
-        if config.init == "double_exp":
-            rate = (channels // 2) ** (torch.arange(channels) / channels)
-            taps = taps * torch.exp(-rate[:, None] * torch.arange(length) / length)
-        self.taps = nn.Parameter(taps)
-        self.butterfly = Butterfly(length) if config.parametrisation == "butterfly" else None
+        self.taps = nn.Parameter(_initial_taps(config.init, place))
+        self.taps_backward = None if place.causal else nn.Parameter(_initial_taps(config.init, place))
+        self.butterfly = Butterfly(place.max_len) if config.parametrisation == "butterfly" else None
         slow = ParameterRule(weight_decay=0.0, lr_most=config.filter_lr)
-        self.rules = {"taps": slow, "butterfly.*": slow}
+        self.rules = {"taps": slow, "taps_backward": slow, "butterfly.*": slow}
 
-    def filter(self, length: int, ctx: SequenceContext) -> Taps:
+    def filter(self, length: int, ctx: SequenceContext, *, backward: bool = False) -> Taps:
+        taps = self.taps_backward if backward else self.taps
+        assert taps is not None
         drops = self.training and self.kernel_dropout > 0.0
         if drops and ctx.size > 1:
             raise ValueError(
@@ -109,7 +122,7 @@ class LongConv(FilterLayer):
             )
 
         def of_channels(channels: slice) -> Tensor:
-            k = self.taps[channels]
+            k = taps[channels]
             if self.butterfly is not None:
                 k = self.butterfly(k, k.shape[1])
             if self.smooth > 1:

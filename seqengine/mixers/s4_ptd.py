@@ -58,13 +58,18 @@ class S4PTD(DiagonalLayer):
 
     All channels begin with the poles and B of one perturbed HiPPO matrix, each with a real normal C of its own.
 
+    Without causality, as in the code of S4: a second C, real and normal as the first, makes the filter for the tokens that
+    follow, from the same steps, poles and B.
+
     Shapes: x [B, T, D] -> y [B, T, D]; with ctx, T is this rank's part and the result is this rank's part.
     State:  ModalState, O(d_state D) numbers a sample, whatever came before.
+    Raises: ValueError for a state without causality.
     """
 
     def __init__(self, config: S4PTDConfig, place: Place) -> None:
         start = perturb_then_diagonalise(config.d_state, config.perturbation)
-        C = torch.randn(place.d_model, config.d_state, dtype=torch.float64, device="cpu").to(start.V.dtype) @ start.V
+        shape = (1 if place.causal else 2, place.d_model, config.d_state)
+        C = torch.randn(shape, dtype=torch.float64, device="cpu").to(start.V.dtype) @ start.V
         ssm = DiagonalSSM(
             place.d_model,
             start.poles,
@@ -72,6 +77,7 @@ class S4PTD(DiagonalLayer):
             step_min=config.step_min,
             step_max=config.step_max,
             halves=False,
+            two_sided=not place.causal,
             B=start.B,
             C=C,
         )

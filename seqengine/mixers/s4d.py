@@ -2,6 +2,7 @@
 
 from typing import Annotated, NamedTuple, Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -9,6 +10,7 @@ from seqengine.config.values import Section
 from seqengine.mixers.diagonal import DiagonalSSM, Discretisation, Initialisation, diagonal_rules, initial_poles
 from seqengine.mixers.mixer import Place, Start, carried
 from seqengine.mixers.s4_layer import S4Layer
+from seqengine.mixers.two_sided import taps_to_sides, two_sided_conv
 from seqengine.parallel import api as parallel
 from seqengine.parallel.context import SequenceContext
 
@@ -53,8 +55,13 @@ class ModalState(NamedTuple):
 
 
 class DiagonalLayer(S4Layer):
-    """An S4 layer whose filters are diagonal state-space models. State: ModalState, O(modes D) numbers a sample."""
+    """An S4 layer whose filters are diagonal state-space models. State: ModalState, O(modes D) numbers a sample.
 
+    Without causality the same systems also run from the last token to the first, read by a C of their own, and the filters are
+    made tap by tap, 2 T D numbers: T taps for what came before and T - 1 for what follows.
+    """
+
+    is_bidirectional = True
     rules = diagonal_rules("ssm")
 
     def __init__(self, ssm: DiagonalSSM, place: Place) -> None:
@@ -77,12 +84,22 @@ class DiagonalLayer(S4Layer):
         )
         return y, (None if modes is None else ModalState(modes))
 
+    def convolve_both_ways(self, u: Tensor, ctx: SequenceContext) -> Tensor:
+        before, ahead = taps_to_sides(ctx.total_tokens, ctx.total_tokens)
+        with torch.autocast(u.device.type, enabled=False):
+            k, k_backward = self.ssm.filters(before, ahead)
+        return two_sided_conv(u, k, k_backward, ctx=ctx, skip=self.skip)
+
 
 class S4D(DiagonalLayer):
     """y = GLU(W gelu(k (*) x + skip * x)), k[t] = 2 Re sum_n C_n B_n g_n exp(p_n t) with d_state / 2 modes a channel.
 
+    Without causality, as in the code of S4: a second C, begun as the first, makes the filter for the tokens that follow, from
+    the same steps, poles and B.
+
     Shapes: x [B, T, D] -> y [B, T, D]; with ctx, T is this rank's part and the result is this rank's part.
     State:  ModalState, O(d_state D) numbers a sample, whatever came before.
+    Raises: ValueError for a state without causality.
     """
 
     def __init__(self, config: S4DConfig, place: Place) -> None:
@@ -92,5 +109,6 @@ class S4D(DiagonalLayer):
             discretisation=config.discretisation,
             step_min=config.step_min,
             step_max=config.step_max,
+            two_sided=not place.causal,
         )
         super().__init__(ssm, place)

@@ -52,33 +52,51 @@ class SGConv(FilterLayer):
     Piece i of S is multiplied by decay^(S - 1 - i), so that the filter falls off with the lag as a power law. The norm is that
     of the whole initial filter of each channel, and stays.
 
+    Without causality, as in the authors' code: a second set of pieces, normal as the first, with the same decay and a norm of
+    its own, for the tokens that follow.
+
     Shapes: x [B, T, D] -> y [B, T, D]; with ctx, T is this rank's part and the result is this rank's part.
     State:  FilterState, O(max_len D) numbers a sample; a token then costs O(max_len D).
+    Raises: ValueError for a state without causality.
     """
 
     decay: Tensor
     norm: Tensor
+    norm_backward: Tensor
 
     def __init__(self, config: SGConvConfig, place: Place) -> None:
         super().__init__(place)
         scales = 1 + max(0, math.ceil(math.log2(place.max_len / config.kernel_dim)))
-        self.pieces = nn.ParameterList(torch.randn(place.d_model, config.kernel_dim) for _ in range(scales))
+        shape = (place.d_model, config.kernel_dim)
+        self.pieces = nn.ParameterList(torch.randn(shape) for _ in range(scales))
         self.register_buffer("decay", torch.linspace(config.decay_min, config.decay_max, place.d_model)[:, None])
-        self.register_buffer("norm", torch.ones(place.d_model, 1))
-        with torch.no_grad():
-            self.norm.copy_(self._whole(slice(0, place.d_model)).norm(dim=1, keepdim=True))
-        self.rules = {"pieces.*": ParameterRule(lr_most=config.filter_lr)}
+        self.register_buffer("norm", self._norm())
+        self.pieces_backward: nn.ParameterList | None = None
+        if not place.causal:
+            self.pieces_backward = nn.ParameterList(torch.randn(shape) for _ in range(scales))
+            self.register_buffer("norm_backward", self._norm(backward=True))
+        slow = ParameterRule(lr_most=config.filter_lr)
+        self.rules = {"pieces.*": slow, "pieces_backward.*": slow}
 
-    def _whole(self, channels: slice) -> Tensor:
+    def _norm(self, *, backward: bool = False) -> Tensor:
+        """[d_model, 1]"""
+        with torch.no_grad():
+            norm: Tensor = self._whole(slice(0, self.d_model), backward=backward).norm(dim=1, keepdim=True)
+        return norm
+
+    def _whole(self, channels: slice, *, backward: bool = False) -> Tensor:
         """[C, kernel_dim 2^(S - 1)]: the filter before it is normalised and cut."""
-        last = len(self.pieces) - 1
+        pieces = self.pieces_backward if backward else self.pieces
+        assert pieces is not None
+        last = len(pieces) - 1
         return torch.cat(
             [
                 stretch(piece[channels], 2 ** max(0, i - 1)) * self.decay[channels] ** (last - i)
-                for i, piece in enumerate(self.pieces)
+                for i, piece in enumerate(pieces)
             ],
             dim=1,
         )
 
-    def filter(self, length: int, ctx: SequenceContext) -> Taps:
-        return lambda channels: self._whole(channels)[:, :length] / self.norm[channels]
+    def filter(self, length: int, ctx: SequenceContext, *, backward: bool = False) -> Taps:
+        norm = self.norm_backward if backward else self.norm
+        return lambda channels: self._whole(channels, backward=backward)[:, :length] / norm[channels]

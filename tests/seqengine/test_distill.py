@@ -21,10 +21,17 @@ LONG = ("hyena", "long_conv", "sgconv")
 SETTINGS = {"hyena": {"order": 3, "filter": {"order": 16}}, "sgconv": {"kernel_dim": 8}, "gla": {"num_heads": 2}}
 
 
-def lm(*pattern, max_len=96, seed=0, params="fp64"):
+def lm(*pattern, max_len=96, seed=0, params="fp64", causal=True):
     """With filters that have moved away from their initial ones, as training moves them."""
     config = ModelConfig(
-        arch="lm", d_model=D, n_layer=len(pattern), pattern=pattern, max_len=max_len, mixers=SETTINGS, embed_dropout=0.0
+        arch="lm",
+        d_model=D,
+        n_layer=len(pattern),
+        pattern=pattern,
+        max_len=max_len,
+        mixers=SETTINGS,
+        embed_dropout=0.0,
+        causal=causal,
     )
     model = build_model(config, seed=seed, params=params, device=torch.device("cpu"))
     with torch.no_grad():
@@ -270,3 +277,8 @@ def test_hyenadna_is_distilled_too():
     assert [f.length for f in report.filters] == [128, 128]
     with torch.no_grad():
         assert_close(distilled(tokens(2, 100)), model(tokens(2, 100)), tolerance=1e-4)
+
+
+def test_a_model_that_sees_what_follows_is_refused():
+    with pytest.raises(ValueError, match="the model must be causal"):
+        distill(lm("hyena", causal=False), order=2)

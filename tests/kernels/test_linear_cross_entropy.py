@@ -47,6 +47,62 @@ def test_gradients_of_hidden_and_weight_scale_with_the_upstream_gradient():
         assert_close(sixteenth * 16, one)
 
 
+def with_squares(hidden, weight, labels, z_loss=0.1, **options):
+    nats, count, squares = linear_cross_entropy(hidden, weight, labels, output_squares=True, **options)
+    return (nats + z_loss * squares) / count
+
+
+@pytest.mark.parametrize("tile", [None, 1, 4])
+@pytest.mark.parametrize(("of_nats", "of_squares"), [(0.37, 0.01), (0.0, 2.0), (-1.0, 3.0), (1.0, 0.0), (0.0, 0.0)])
+def test_squares_match_whole_logits(tile, of_nats, of_squares):
+    hidden, weight, labels = tensors()
+    leaves, plain = ([t.clone().requires_grad_() for t in (hidden, weight)] for _ in range(2))
+    nats, count, squares = linear_cross_entropy(*leaves, labels, tile=tile, output_squares=True)
+    expected, expected_count = reference.linear_cross_entropy(*plain, labels, -100)
+    expected_squares = reference.squares(*plain, labels, -100)
+    assert_close(nats, expected, "nats")
+    assert_close(squares, expected_squares, "squares")
+    assert int(count) == int(expected_count)
+    (of_nats * nats + of_squares * squares).backward()
+    (of_nats * expected + of_squares * expected_squares).backward()
+    for a, b, name in zip(leaves, plain, ("d_hidden", "d_weight"), strict=True):
+        assert_close(a.grad, b.grad, name)
+
+
+def test_squares_alone_are_differentiable_and_zero_without_labels():
+    hidden, weight, labels = tensors()
+    leaves, plain = ([t.clone().requires_grad_() for t in (hidden, weight)] for _ in range(2))
+    linear_cross_entropy(*leaves, labels, output_squares=True)[2].backward()
+    reference.squares(*plain, labels, -100).backward()
+    for a, b in zip(leaves, plain, strict=True):
+        assert_close(a.grad, b.grad)
+    _, count, squares = linear_cross_entropy(*leaves, torch.full_like(labels, -100), output_squares=True)
+    gradients = torch.autograd.grad(squares, leaves)
+    assert int(count) == float(squares.detach()) == sum(float(g.abs().sum()) for g in gradients) == 0
+
+
+def test_squares_that_are_not_used_change_no_bit():
+    hidden, weight, labels = tensors(dtype=torch.float32)
+    runs = []
+    for options in ({}, {"output_squares": True}):
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+        nats = linear_cross_entropy(*leaves, labels, **options)[0]
+        runs.append([nats, *torch.autograd.grad(nats * 0.3, leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_squares_in_lower_precision_are_near_float64(dtype):
+    hidden, weight, labels = tensors((2, 60), D=16, dtype=dtype)
+    leaves, wide = ([t.to(d).requires_grad_() for t in (hidden, weight)] for d in (dtype, torch.float64))
+    actual, expected = with_squares(*leaves, labels), with_squares(*wide, labels)
+    assert actual.dtype == torch.float32
+    assert_close(actual, expected)
+    for a, b in zip(torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, wide), strict=True):
+        assert a.dtype == dtype
+        assert_close(a, b)
+
+
 def test_micro_batches_of_unequal_counts_sum_to_the_whole():
     hidden, weight, labels = tensors((4, 9))
     whole = weight.clone().requires_grad_()
@@ -106,7 +162,7 @@ def test_memory_beyond_the_inputs_is_a_small_part_of_the_logits():
     with LargestTensor() as largest:
         total, lse = ops.linear_cross_entropy._init_fn(hidden, weight, labels, -100, rows, words)
         ops.linear_cross_entropy_backward._init_fn(
-            torch.tensor(1.0), hidden, weight, labels, lse, -100, rows, words, True, True
+            torch.tensor(1.0), hidden, weight, labels, lse, -100, rows, words, True, True, lse
         )
     assert bool(torch.isfinite(total))
     assert largest.elements <= max(V * D, rows * words) <= 0.01 * N * V
@@ -125,24 +181,39 @@ def test_saves_its_inputs_and_a_number_a_token():
     assert sum(kept.values()) == hidden.nbytes + weight.nbytes + labels.nbytes + 4 * 64
 
 
+def test_squares_save_a_number_and_a_flag_a_token_more():
+    hidden, weight, labels = tensors((64,), 16, 100, torch.float32)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), labels, output_squares=True)
+    assert sum(kept.values()) == hidden.nbytes + weight.nbytes + labels.nbytes + (4 + 4 + 1) * 64
+
+
 def test_operators_keep_torchs_contract():
     hidden, weight, labels = tensors((6,))
     leaves = [t.requires_grad_() for t in (hidden, weight)]
     torch.library.opcheck(ops.linear_cross_entropy, (*leaves, labels, -100, 4, 5))
     _, lse = ops.linear_cross_entropy(*leaves, labels, -100, 4, 5)
     upstream = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
-    for needed in ((True, True), (True, False), (False, True)):
+    d_lse = torch.linspace(-1, 1, 6, dtype=torch.float64, requires_grad=True)
+    for needed in ((True, True, None), (True, False, None), (False, True, d_lse)):
         arguments = (upstream, *leaves, labels, lse.detach(), -100, 4, 5, *needed)
         torch.library.opcheck(ops.linear_cross_entropy_backward, arguments)
 
 
-def test_compiles_whole_forward_and_backward():
+def per_token(hidden, weight, labels):
+    nats, count = linear_cross_entropy(hidden, weight, labels)
+    return nats / count
+
+
+@pytest.mark.parametrize("function", [per_token, with_squares])
+def test_compiles_whole_forward_and_backward(function):
     hidden, weight, labels = tensors()
-
-    def function(h, w, y):
-        nats, count = linear_cross_entropy(h, w, y)
-        return nats / count
-
     eager, compiled = ([t.clone().requires_grad_() for t in (hidden, weight)] for _ in range(2))
     expected = function(*eager, labels)
     actual = torch.compile(function, fullgraph=True, backend="aot_eager")(*compiled, labels)
@@ -167,20 +238,17 @@ def test_two_runs_agree_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_gradgradcheck():
+@pytest.mark.parametrize("result", [[0], [0, 2]], ids=["nats", "nats and squares"])
+def test_gradcheck_and_gradgradcheck(result):
     hidden, weight, labels = tensors((2, 2), 3, 4)
 
     def function(h, w):
-        return linear_cross_entropy(h, w, labels, tile=2)[0] ** 2
+        found = linear_cross_entropy(h, w, labels, tile=2, output_squares=len(result) > 1)
+        return sum(found[i] ** 2 for i in result)
 
-    assert torch.autograd.gradgradcheck(function, [hidden.requires_grad_(), weight.requires_grad_()])
-
-
-def test_gradcheck():
-    hidden, weight, labels = tensors((2, 3))
-    assert torch.autograd.gradcheck(
-        lambda h, w: linear_cross_entropy(h, w, labels, tile=2)[0], [hidden.requires_grad_(), weight.requires_grad_()]
-    )
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
 
 
 @pytest.mark.parametrize(

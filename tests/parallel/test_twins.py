@@ -213,27 +213,33 @@ def loss_tensors(T):
     return {"hidden": randn(2, T, 4, seed=0), "weight": randn(7, 4, seed=1)}, labels
 
 
-def loss_whole(T):
+def loss_whole(T, z_loss):
     a, labels = loss_tensors(T)
     a = leaves(a)
-    nats, count = kernels.linear_cross_entropy(**a, labels=labels)
-    (nats / count).backward()
-    return {"d_hidden": a["hidden"].grad, "d_weight": a["weight"].grad}, nats.detach(), int(count)
+    nats, count, squares = kernels.linear_cross_entropy(**a, labels=labels, output_squares=True)
+    ((nats + z_loss * squares) / count).backward()
+    return {"d_hidden": a["hidden"].grad, "d_weight": a["weight"].grad}, nats.detach(), int(count), squares.detach()
 
 
-def loss_rank(group, cut, T):
+def loss_rank(group, cut, T, z_loss):
     ctx = SequenceContext.create(group, cut[group.rank()])
     a, labels = loss_tensors(T)
     a = leaves({"hidden": ctx.split(a["hidden"], 1), "weight": a["weight"]})
-    nats, count = parallel.linear_cross_entropy(**a, labels=ctx.split(labels, 1), ctx=ctx)
-    (nats / count).backward()
-    return {"d_hidden": a["hidden"].grad, "d_weight": a["weight"].grad, "nats": nats.detach(), "count": int(count)}
+    mine = ctx.split(labels, 1)
+    nats, count, *squares = parallel.linear_cross_entropy(**a, labels=mine, ctx=ctx, output_squares=z_loss > 0)
+    ((nats + z_loss * sum(squares)) / count).backward()
+    gradients = {"d_hidden": a["hidden"].grad, "d_weight": a["weight"].grad}
+    return gradients | {"nats": nats.detach(), "count": int(count), "squares": [s.detach() for s in squares]}
 
 
 @ALL
-def test_linear_cross_entropy(cut):
-    expected, nats, count = loss_whole(sum(cut))
-    results = compare(cut, loss_rank, lambda T: expected, sum(cut))
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_linear_cross_entropy(cut, z_loss):
+    expected, nats, count, squares = loss_whole(sum(cut), z_loss)
+    results = compare(cut, loss_rank, lambda T, _: expected, sum(cut), z_loss)
     for r in results:
         assert_close(r["nats"], nats)
         assert r["count"] == count
+        assert len(r["squares"]) == (z_loss > 0)
+        for each in r["squares"]:
+            assert_close(each, squares)

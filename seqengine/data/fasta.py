@@ -7,7 +7,6 @@ its workers returns wrong bases.
 
 import gzip
 import re
-import zlib
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import closing
@@ -18,11 +17,11 @@ from typing import BinaryIO, NoReturn
 import numpy as np
 import pyfaidx
 
+from seqengine.data.gzipped import MAGIC, refusing_damage
 from seqengine.errors import InputError
 
 CHUNK_BASES = 8 << 20
 _COPY_BYTES = 4 << 20
-_GZIP_MAGIC = b"\x1f\x8b"
 # Every BGZF file ends with this empty block (SAM specification, section 4.1.2). Blocks are whole gzip members, so
 # without this check a file cut between two of them would read as a shorter genome.
 _BGZF_END = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
@@ -120,7 +119,7 @@ def _plain_text(path: Path, workdir: Path) -> Path:
         head = file.read(64)
         if not head:
             raise InputError(f"{path}: a FASTA file must not be empty; got 0 bytes")
-        if not head.startswith(_GZIP_MAGIC):
+        if not head.startswith(MAGIC):
             _check_start(path, head)
             if path.suffix.lower() not in _COMPRESSED_NAMES:
                 return path
@@ -155,21 +154,8 @@ def _open(path: Path) -> BinaryIO:
 def _gunzip(path: Path, file: BinaryIO) -> Iterator[bytes]:
     """Blocks of text of a gzip file of one or many members (bgzip is many)."""
     done = 0
-    with gzip.GzipFile(fileobj=file, mode="rb") as stream:
-        while True:
-            try:
-                block = stream.read(_COPY_BYTES)
-            except EOFError:
-                raise InputError(
-                    f"{path}: truncated gzip file: it ends before its end mark, after some {done} bytes of text. "
-                    "Copy or compress it again."
-                ) from None
-            except (gzip.BadGzipFile, zlib.error) as error:
-                raise InputError(
-                    f"{path}: corrupt gzip file, after some {done} bytes of text ({error}). Copy or compress it again."
-                ) from None
-            if not block:
-                return
+    with gzip.GzipFile(fileobj=file, mode="rb") as stream, refusing_damage(path, lambda: done):
+        while block := stream.read(_COPY_BYTES):
             done += len(block)
             yield block
 

@@ -28,15 +28,39 @@ def chosen_tokens(keys: Tensor, positions: Tensor, rate: float) -> Tensor:
     return _happens(rate, keys, positions, 0)
 
 
-def mask_tokens(ids: Tensor, keys: Tensor, positions: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+def mask_tokens(
+    ids: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    rate: float,
+    *,
+    mask_id: int = MASK,
+    replacements: range = range(A, A + 4),
+) -> tuple[Tensor, Tensor]:
     """What the model reads, and the labels: the chosen tokens' own ids, -100 elsewhere.
 
-    Shapes: ids [B, T] int64 of bases; keys [B] int64, one per window; positions [T] int64, of these tokens in the whole
+    mask_id, replacements: what hides a token, and the ids that may stand for another one; those of a source
+    (`seqengine.data.contract.Source`), or of DNA.
+
+    Shapes: ids [B, T] int64; keys [B] int64, one per window; positions [T] int64, of these tokens in the whole
     sequence -> two int64 [B, T].
+    Raises: ValueError if there is no replacement.
     """
+    if not replacements:
+        raise ValueError(f"mask_tokens: replacements must not be empty; got {replacements}")
     chosen = chosen_tokens(keys, positions, rate)
     hidden = chosen & _happens(HIDDEN, keys, positions, 1)
     replaced = chosen & ~hidden & _happens(REPLACED, keys, positions, 2)
-    base = A + 2 * _happens(0.5, keys, positions, 3).long() + _happens(0.5, keys, positions, 4).long()
-    inputs = torch.where(hidden, MASK, torch.where(replaced, base, ids))
+    other = replacements.start + replacements.step * _below(len(replacements), keys, positions)
+    inputs = torch.where(hidden, mask_id, torch.where(replaced, other, ids))
     return inputs, torch.where(chosen, ids, IGNORE)
+
+
+def _below(count: int, keys: Tensor, positions: Tensor) -> Tensor:
+    """Int64 [B, T], each from 0 to count - 1: as likely, or within one part in 256 where count is no power of two."""
+    bits = (count - 1).bit_length()
+    bits += 8 if count & (count - 1) else 0
+    word = torch.zeros(len(keys), len(positions), dtype=torch.int64, device=keys.device)
+    for bit in range(bits):
+        word = 2 * word + _happens(0.5, keys, positions, 3 + bit).long()
+    return (word * count) >> bits

@@ -7,22 +7,19 @@ The key is a hash of the source's path, size and modification time, the treatmen
 changed file is packed anew. A pack is written in a hidden directory and renamed: it is there whole or not at all.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-
-from seqengine.config.data import DataSection, SyntheticSection
+from seqengine.config.data import DataSection, SourceSection, SyntheticSection
+from seqengine.data.cache import MappedArray, build, digest, exclusive, writable, write_json
 from seqengine.data.fasta import read_records
 from seqengine.data.synthetic import write_fasta
 from seqengine.data.tokenizer import Ids, SoftMask, encode
@@ -51,18 +48,14 @@ class PackedGenome:
     num_tokens: int
     content_hash: str
     """sha256, in hex, of the tokens and the record table: equal for equal genomes, wherever they lie."""
-    _mapped: dict[int, Ids] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _file: MappedArray = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_file", MappedArray(self.directory / TOKENS_FILE, "uint8"))
 
     def tokens(self) -> Ids:
         """All token ids, uint8 [num_tokens], read-only; mapped at the first call in each process."""
-        pid = os.getpid()
-        if pid not in self._mapped:
-            self._mapped.clear()
-            self._mapped[pid] = np.memmap(self.directory / TOKENS_FILE, dtype=np.uint8, mode="r")
-        return self._mapped[pid]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_mapped": {}}
+        return self._file.array()
 
 
 def pack(section: DataSection) -> PackedGenome:
@@ -73,58 +66,41 @@ def pack(section: DataSection) -> PackedGenome:
     Raises: InputError for a missing or bad FASTA (see `read_records`) and for a cache that cannot be written. A failure
         leaves nothing behind.
     """
-    cache = Path(section.cache).absolute()
-    try:
+    return pack_genome(section, Path(section.cache).absolute())
+
+
+def pack_genome(section: SourceSection, cache: Path, place: str = "data") -> PackedGenome:
+    """`pack` of one source, whose keys stand in the table `place`."""
+    with writable(cache):
         if section.source == "synthetic":
-            return _pack_file(cache, _synthetic(cache, section.synthetic), section.soft_mask)
+            return _pack_file(cache, _synthetic(cache, section.synthetic), section.soft_mask, place)
         if section.fasta is None:
-            raise InputError("data.fasta: must name a FASTA file when data.source is 'fasta'; got nothing. Set it.")
-        return _pack_file(cache, section.fasta, section.soft_mask)
-    except OSError as error:
-        raise InputError(
-            f"data.cache: the directory {cache} must be writable and have room for the genome; got: {error}. "
-            "Set data.cache to another directory."
-        ) from error
+            raise InputError(
+                f"{place}.fasta: must name a FASTA file when {place}.source is 'fasta'; got nothing. Set it."
+            )
+        return _pack_file(cache, section.fasta, section.soft_mask, place)
 
 
-def _pack_file(cache: Path, fasta: Path, soft_mask: SoftMask) -> PackedGenome:
-    source, identity = _identify(fasta, soft_mask)
-    target = cache / f"{_stem(source)}-{_digest(identity)[:12]}"
-    ready = _load(target)
-    if ready is not None:
-        return ready
-    with _exclusive(cache, target.name):
-        ready = _load(target)  # another process may have packed it while this one waited
-        if ready is not None:
-            return ready
-        if target.exists():
-            _log.warning("packed genome %s is damaged; packing %s again", target, source)
-        partial = cache / f".{target.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-        try:
-            partial.mkdir()
-            _write(partial, source, identity, soft_mask)
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(partial, target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        ready = _load(target)
-        assert ready is not None, f"pack: {target} must be readable once written"
-        _log.info("packed %s: %d bases in %d records", source, ready.num_tokens, len(ready.records))
-        return ready
+def _pack_file(cache: Path, fasta: Path, soft_mask: SoftMask, place: str) -> PackedGenome:
+    source, identity = _identify(fasta, soft_mask, place)
+
+    def write(partial: Path) -> None:
+        _write(partial, source, identity, soft_mask)
+        _log.info("packed %s", source)
+
+    return build(cache, f"{_stem(source)}-{digest(identity)[:12]}", load=_load, write=write, what=str(source))
 
 
-def _identify(fasta: Path, soft_mask: SoftMask) -> tuple[Path, dict[str, str | int]]:
+def _identify(fasta: Path, soft_mask: SoftMask, place: str) -> tuple[Path, dict[str, str | int]]:
     """The file that `fasta` leads to, and what makes a pack of it the same pack."""
     try:
         source = fasta.resolve()
         state = source.stat()
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"data.fasta: must be a readable file; got {fasta} ({reason}). Correct the path.") from None
+        raise InputError(f"{place}.fasta: must be a readable file; got {fasta} ({reason}). Correct the path.") from None
     if not source.is_file():  # a directory, or a pipe, which cannot be read twice
-        raise InputError(f"data.fasta: must be a regular file; got {fasta}, which is none. Correct the path.")
+        raise InputError(f"{place}.fasta: must be a regular file; got {fasta}, which is none. Correct the path.")
     return source, {
         "format": FORMAT,
         "source": str(source),
@@ -138,26 +114,23 @@ def _write(directory: Path, source: Path, identity: Mapping[str, str | int], sof
     """Fills `directory` with the two files of a pack."""
     workdir = directory / "work"
     workdir.mkdir()
-    digest = hashlib.sha256()
+    content = hashlib.sha256()
     records: list[PackedRecord] = []
     offset = 0
     with (directory / TOKENS_FILE).open("wb") as file:
         for record in read_records(source, workdir):
             for chunk in record.chunks:
                 tokens = encode(chunk, soft_mask).data
-                digest.update(tokens)
+                content.update(tokens)
                 file.write(tokens)
             records.append(PackedRecord(record.name, offset, record.length))
             offset += record.length
         file.flush()
         os.fsync(file.fileno())
     shutil.rmtree(workdir)
-    digest.update(json.dumps(records).encode())
-    index = {**identity, "num_tokens": offset, "content_hash": digest.hexdigest(), "records": records}
-    with (directory / INDEX_FILE).open("w", encoding="utf-8") as file_text:
-        json.dump(index, file_text)
-        file_text.flush()
-        os.fsync(file_text.fileno())
+    content.update(json.dumps(records).encode())
+    index = {**identity, "num_tokens": offset, "content_hash": content.hexdigest(), "records": records}
+    write_json(directory / INDEX_FILE, index)
 
 
 def _load(directory: Path) -> PackedGenome | None:
@@ -179,10 +152,10 @@ def _load(directory: Path) -> PackedGenome | None:
 
 def _synthetic(cache: Path, section: SyntheticSection) -> Path:
     """The synthetic genome's FASTA in the cache, written if it is not there."""
-    key = _digest({"format": FORMAT, **section.model_dump()})[:12]
+    key = digest({"format": FORMAT, **section.model_dump()})[:12]
     path = cache / f"synthetic-{key}.fa"
     if not path.exists():
-        with _exclusive(cache, path.name):
+        with exclusive(cache, path.name):
             if not path.exists():
                 write_fasta(path, section)
     return path
@@ -191,64 +164,3 @@ def _synthetic(cache: Path, section: SyntheticSection) -> Path:
 def _stem(path: Path) -> str:
     """'lambda' of 'lambda.fa.gz', short enough for a file name."""
     return re.sub(r"(\.(fa|fasta|fna|ffn|txt))?(\.(gz|bgz|bgzf))?$", "", path.name, flags=re.IGNORECASE)[:80]
-
-
-def _digest(identity: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-@contextmanager
-def _exclusive(cache: Path, name: str) -> Iterator[None]:
-    """Holds the lock on `name` in the cache, made if need be; after a failure removes what it made and left empty."""
-    made = _missing(cache)
-    path = cache / f".{name}.lock"
-    try:
-        handle = _lock(cache, path)
-        try:
-            yield
-        finally:
-            # Removed while held: a process that waits for it finds another file, or none, at its path and tries again.
-            path.unlink(missing_ok=True)
-            os.close(handle)
-    except BaseException:
-        _remove_empty(made)
-        raise
-
-
-def _lock(cache: Path, path: Path) -> int:
-    """An open file that holds the exclusive lock at `path`."""
-    while True:
-        cache.mkdir(parents=True, exist_ok=True)
-        try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except FileNotFoundError:  # another process failed and removed the cache that it had made
-            continue
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            if _is_at(handle, path):
-                return handle
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    """The open file is still the one at `path`."""
-    try:
-        return os.path.samestat(os.fstat(handle), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _missing(directory: Path) -> list[Path]:
-    """`directory` and its parents that do not exist, deepest first."""
-    return [d for d in (directory, *directory.parents) if not d.exists()]
-
-
-def _remove_empty(directories: list[Path]) -> None:
-    for directory in directories:
-        try:
-            directory.rmdir()
-        except OSError:  # not empty, or gone: another process uses the cache
-            return

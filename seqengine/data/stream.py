@@ -1,19 +1,20 @@
 """The order in which a run reads its windows, as arithmetic on one number: the samples read so far.
 
-Sample n of a run, counted over all ranks, is window permutation(seed, n // W)[n % W] of the W training windows, on a strand
-and at a shift that are functions of (seed, epoch, window). So a run that resumes, on as many ranks or on others, reads
-exactly what an uninterrupted run would: there is no sampler, no worker and no buffer whose state could be lost.
+Sample n of a run, counted over all ranks, is window permutation(seed, n // W)[n % W] of the W training windows (of a mixture:
+see `seqengine.data.mixture`), and what is random in it, such as a strand, is a function of (seed, epoch, window). So a run that
+resumes, on as many ranks or on others, reads exactly what an uninterrupted run would: there is no sampler, no worker and no
+buffer whose state could be lost.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from seqengine.data.windows import WindowMode, Windows, is_reverse
+from seqengine.data.contract import Batch, Order, Ordered, Windows
+from seqengine.data.order import Shuffle
 from seqengine.errors import InputError
 
 
@@ -42,53 +43,32 @@ class StreamState:
         return cls(**values)
 
 
-def permutation(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
-    """The order of `count` windows in an epoch: int64 [count], a pure function of (seed, epoch).
-
-    The windows sorted by raw words of Philox with key (seed, epoch), which numpy keeps the same over its versions.
-    """
-    source = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
-    return np.argsort(source.random_raw(count), kind="stable")
-
-
 class Stream:
-    """The training windows of a run, by sample number. Holds no position: the caller counts the samples.
+    """The training windows of a run, by sample number. Holds no position: the caller counts the samples. Threads may share it.
 
     Raises: ValueError if there is no window.
     """
 
-    def __init__(self, windows: Windows, *, seed: int, rc_prob: float, window_mode: WindowMode) -> None:
+    def __init__(self, windows: Windows, *, seed: int) -> None:
         if not len(windows):
             raise ValueError("Stream: needs at least one window; got none")
         self.windows = windows
         self.seed = seed
-        self.rc_prob = rc_prob
-        self.window_mode: WindowMode = window_mode
-        self._epoch = -1  # of the order below: the last one used
-        self._order: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._order: Order = windows.order(seed) if isinstance(windows, Ordered) else Shuffle(len(windows), seed)
 
     def window(self, sample: int) -> tuple[int, int]:
         """(epoch, window index) of a sample."""
-        epoch, position = divmod(sample, len(self.windows))
-        if epoch != self._epoch:
-            self._order = permutation(self.seed, epoch, len(self.windows))
-            self._epoch = epoch
-        return epoch, int(self._order[position])
+        return self._order.window(sample)
 
-    def batch(self, first_sample: int, rows: int, *, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and labels of samples first_sample .. first_sample + rows - 1, tokens [begin, end) of each.
+    def batch(self, first_sample: int, rows: int, *, begin: int, end: int) -> Batch:
+        """Samples first_sample .. first_sample + rows - 1, tokens [begin, end) of each, as training reads them.
 
-        Shapes: two int64 [rows, end - begin] on the CPU; rows and tokens may be none. Over ranks, the batches of a cut of
-        the samples and of the tokens, put together, are the batch of one rank.
+        Shapes: ids and labels int64 [rows, end - begin] on the CPU; rows and tokens may be none. Over ranks, the batches of
+        a cut of the samples and of the tokens, put together, are the batch of one rank.
+        Raises: ValueError for several rows of windows with documents.
         """
-        inputs, labels = _empty(rows, end - begin)
-        for row in range(rows):
-            epoch, index = self.window(first_sample + row)
-            reverse = is_reverse(index, seed=self.seed, epoch=epoch, rc_prob=self.rc_prob)
-            inputs[row], labels[row] = self.windows.read(
-                index, begin, end, rc=reverse, seed=self.seed, epoch=epoch, window=self.window_mode
-            )
-        return torch.from_numpy(inputs), torch.from_numpy(labels)
+        chosen = [self.window(first_sample + row) for row in range(rows)]
+        return _read(self.windows, chosen, begin, end, seed=self.seed, training=True)
 
     def state(self, samples: int) -> StreamState:
         """What to save once `samples` samples have been read."""
@@ -108,18 +88,13 @@ class Stream:
         return state.samples
 
 
-def read_windows(
-    windows: Windows, indices: Iterable[int], *, begin: int, end: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and labels of whole tiles, as evaluation reads them: forward strand, no shift.
+def read_windows(windows: Windows, indices: Iterable[int], *, begin: int, end: int) -> Batch:
+    """Whole tiles by their indices, as evaluation reads them: nothing in them is random.
 
-    Shapes: two int64 [number of indices, end - begin] on the CPU.
+    Shapes: ids and labels int64 [number of indices, end - begin] on the CPU.
+    Raises: ValueError for several rows of windows with documents.
     """
-    chosen = list(indices)
-    inputs, labels = _empty(len(chosen), end - begin)
-    for row, index in enumerate(chosen):
-        inputs[row], labels[row] = windows.read(index, begin, end)
-    return torch.from_numpy(inputs), torch.from_numpy(labels)
+    return _read(windows, [(0, index) for index in indices], begin, end, seed=0, training=False)
 
 
 def validation_indices(num_windows: int, wanted: int | Literal["all"]) -> list[int]:
@@ -129,5 +104,15 @@ def validation_indices(num_windows: int, wanted: int | Literal["all"]) -> list[i
     return [(2 * i + 1) * num_windows // (2 * wanted) for i in range(wanted)]
 
 
-def _empty(rows: int, tokens: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    return np.empty((rows, tokens), dtype=np.int64), np.empty((rows, tokens), dtype=np.int64)
+def _read(
+    windows: Windows, chosen: Sequence[tuple[int, int]], begin: int, end: int, *, seed: int, training: bool
+) -> Batch:
+    """Windows by (epoch, index), one a row."""
+    inputs = np.empty((len(chosen), end - begin), dtype=np.int64)
+    labels = np.empty_like(inputs)
+    documents = None
+    for row, (epoch, index) in enumerate(chosen):
+        inputs[row], labels[row], documents = windows.read(index, begin, end, seed=seed, epoch=epoch, training=training)
+        if documents is not None and len(chosen) > 1:
+            raise ValueError(f"Stream.batch: windows with documents must be read one at a time; got {len(chosen)} rows")
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), documents)

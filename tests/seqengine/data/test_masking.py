@@ -1,5 +1,7 @@
 """Masked tokens: the published shares, the same whatever the split, and a run that learns from them."""
 
+import hashlib
+
 import pytest
 import torch
 
@@ -37,6 +39,34 @@ def test_any_split_hides_the_same_tokens():
             assert torch.equal(found, expected[5:9, start:stop])
     assert not torch.equal(chosen_tokens(KEYS[:1], POSITIONS, 0.5), chosen_tokens(KEYS[1:2], POSITIONS, 0.5))
     assert bool(chosen_tokens(KEYS, POSITIONS, 1.0).all())
+
+
+def test_masks_of_dna_never_change():
+    found = hashlib.sha256()
+    for part in mask_tokens(IDS, KEYS, POSITIONS, 0.15):
+        found.update(part.numpy().tobytes())
+    assert found.hexdigest() == "a0bec59ef1259782a1294b42854de6086ab6ed5a10a6bb1679807e5c638663af"
+
+
+@pytest.mark.parametrize("replacements", [range(256), range(2, 1002), range(5, 6), range(10, 40, 3)])
+def test_any_source_has_its_own_mask_and_replacements(replacements):
+    ids = IDS + 3000
+    inputs, labels = mask_tokens(ids, KEYS, POSITIONS, 0.5, mask_id=2000, replacements=replacements)
+    chosen = labels != IGNORE
+    assert torch.equal(inputs[~chosen], ids[~chosen])
+    assert torch.equal(labels[chosen], ids[chosen])
+    assert float((inputs[chosen] == 2000).double().mean()) == pytest.approx(0.8, abs=0.02)
+    assert float((inputs[chosen] == ids[chosen]).double().mean()) == pytest.approx(0.1, abs=0.02)
+    others = inputs[chosen & (inputs != 2000) & (inputs != ids)]
+    counts = torch.bincount(others)
+    assert set(others.tolist()) <= set(replacements)
+    expected = len(others) / len(replacements)
+    assert float((counts[replacements.start :: replacements.step] - expected).abs().max()) < 6 * expected**0.5
+
+
+def test_no_replacement_is_an_error():
+    with pytest.raises(ValueError, match="replacements must not be empty"):
+        mask_tokens(IDS, KEYS, POSITIONS, 0.5, replacements=range(3, 3))
 
 
 MASKED = (

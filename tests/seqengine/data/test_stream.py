@@ -1,5 +1,6 @@
 """The stream of samples: a pure function of the sample number, whoever asks."""
 
+import hashlib
 import multiprocessing
 import pickle
 
@@ -10,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqengine.config.data import DataSection, SyntheticSection
+from seqengine.data.order import permutation
 from seqengine.data.packed import pack
-from seqengine.data.stream import Stream, StreamState, permutation, read_windows, validation_indices
+from seqengine.data.stream import Stream, StreamState, read_windows, validation_indices
 from seqengine.data.windows import Region, Windows
 from seqengine.errors import InputError
 
@@ -26,8 +28,12 @@ def windows(tmp_path_factory):
     return Windows(pack(section), [Region(0, 200), Region(210, 400)], 23)
 
 
+def train_windows(windows, rc_prob, mode):
+    return Windows(windows.genome, windows.regions, windows.seq_len, rc_prob=rc_prob, window=mode)
+
+
 def test_an_epoch_reads_every_window_once(windows):
-    stream = Stream(windows, seed=1, rc_prob=0.5, window_mode="tile")
+    stream = Stream(train_windows(windows, 0.5, "tile"), seed=1)
     count = len(windows)
     assert count == 8 + 8
     for epoch in range(4):
@@ -48,9 +54,20 @@ def test_the_order_is_a_function_of_seed_and_epoch():
     assert np.bincount(first, minlength=10).min() > 140
 
 
+def test_the_samples_of_a_genome_never_change(windows):
+    """Hashed when strand and shift were drawn by the stream; another value would break every resume."""
+    found = hashlib.sha256()
+    for rc_prob, mode, seed in ((0.5, "tile", 1), (0.5, "jitter", 2), (0.0, "jitter", 2**62), (1.0, "tile", 4)):
+        batch = Stream(train_windows(windows, rc_prob, mode), seed=seed).batch(3, 50, begin=2, end=23)
+        for part in (batch.ids, batch.labels):
+            found.update(part.numpy().tobytes())
+    assert found.hexdigest() == "41fd918511d78350664a8cee9f40d4860ec94d9a1e975b3d8cc9fefd5cf04cb5"
+
+
 def test_labels_are_the_inputs_moved_by_one(windows):
-    stream = Stream(windows, seed=3, rc_prob=0.5, window_mode="jitter")
-    inputs, labels = stream.batch(0, 40, begin=0, end=23)
+    stream = Stream(train_windows(windows, 0.5, "jitter"), seed=3)
+    inputs, labels, documents = stream.batch(0, 40, begin=0, end=23)
+    assert documents is None
     assert inputs.dtype == labels.dtype == torch.int64
     assert inputs.shape == labels.shape == (40, 23)
     assert torch.equal(inputs[:, 1:], labels[:, :-1])
@@ -58,15 +75,15 @@ def test_labels_are_the_inputs_moved_by_one(windows):
 
 
 def test_rows_are_what_the_windows_say(windows):
-    stream = Stream(windows, seed=3, rc_prob=0.0, window_mode="tile")
-    inputs, labels = stream.batch(5, 30, begin=2, end=20)  # over two epochs and more
+    stream = Stream(train_windows(windows, 0.0, "tile"), seed=3)
+    inputs, labels, _ = stream.batch(5, 30, begin=2, end=20)  # over two epochs and more
     for row in range(30):
         _, index = stream.window(5 + row)
-        expected, targets = windows.read(index, 2, 20)
+        expected, targets = windows.bases(index, 2, 20)
         assert inputs[row].tolist() == expected.tolist()
         assert labels[row].tolist() == targets.tolist()
-    flipped = Stream(windows, seed=3, rc_prob=1.0, window_mode="tile").batch(5, 30, begin=0, end=23)[0]
-    forward, behind = stream.batch(5, 30, begin=0, end=23)
+    flipped = Stream(train_windows(windows, 1.0, "tile"), seed=3).batch(5, 30, begin=0, end=23)[0]
+    forward, behind, _ = stream.batch(5, 30, begin=0, end=23)
     assert torch.equal(flipped[:, 1:], (17 - forward).flip(1)[:, :-1])  # A7 T10, C8 G9
     assert torch.equal(flipped[:, 0], 17 - behind[:, -1])
 
@@ -85,7 +102,7 @@ def test_every_cut_over_ranks_concatenates_to_the_one_rank_batch(windows, data, 
         return list(zip([0, *inner], [*inner, most]))
 
     def stream():  # each rank has its own
-        return Stream(windows, seed=9, rc_prob=rc_prob, window_mode=mode)
+        return Stream(train_windows(windows, rc_prob, mode), seed=9)
 
     whole = stream().batch(first, rows, begin=0, end=23)
     tokens = cuts(23)
@@ -99,7 +116,7 @@ def test_every_cut_over_ranks_concatenates_to_the_one_rank_batch(windows, data, 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_forked_and_pickled_streams_read_the_same(windows):
-    stream = Stream(windows, seed=2, rc_prob=0.5, window_mode="jitter")
+    stream = Stream(train_windows(windows, 0.5, "jitter"), seed=2)
     expected = stream.batch(0, 64, begin=0, end=23)[0].numpy()
     context = multiprocessing.get_context("fork")
 
@@ -120,7 +137,7 @@ def test_forked_and_pickled_streams_read_the_same(windows):
 
 
 def test_state_goes_round_and_resumes(windows):
-    stream = Stream(windows, seed=2, rc_prob=0.5, window_mode="tile")
+    stream = Stream(train_windows(windows, 0.5, "tile"), seed=2)
     state = stream.state(35)
     assert state == StreamState(seed=2, epoch=2, samples=35)
     assert state.to_dict() == {"seed": 2, "epoch": 2, "samples": 35}
@@ -129,7 +146,7 @@ def test_state_goes_round_and_resumes(windows):
 
 
 def test_a_state_of_another_run_is_refused(windows):
-    stream = Stream(windows, seed=2, rc_prob=0.5, window_mode="tile")
+    stream = Stream(train_windows(windows, 0.5, "tile"), seed=2)
     with pytest.raises(
         InputError, match=r"same run\.seed and data; it is of seed 3 and epoch 2 after 35 samples, got seed 2"
     ):
@@ -147,7 +164,7 @@ def test_a_state_of_another_run_is_refused(windows):
 
 def test_no_windows_is_an_error(windows):
     with pytest.raises(ValueError, match="at least one window"):
-        Stream(Windows(windows.genome, [], 5), seed=0, rc_prob=0.0, window_mode="tile")
+        Stream(Windows(windows.genome, [], 5), seed=0)
 
 
 def test_validation_windows_are_evenly_spaced(windows):
@@ -163,7 +180,7 @@ def test_validation_windows_are_evenly_spaced(windows):
             assert chosen[0] >= 0
             assert chosen[-1] < count
             assert not gaps.size or (gaps.min() >= 1 and gaps.max() - gaps.min() <= 1)
-    inputs, labels = read_windows(windows, [3, 0], begin=1, end=4)
+    inputs, labels, _ = read_windows(train_windows(windows, 1.0, "jitter"), [3, 0], begin=1, end=4)
     assert inputs.tolist() == [windows.read(i, 1, 4)[0].tolist() for i in (3, 0)]
     assert labels.tolist() == [windows.read(i, 1, 4)[1].tolist() for i in (3, 0)]
     assert inputs.dtype == torch.int64

@@ -211,7 +211,7 @@ def test_shards_concatenate_to_the_window(data, seq_len, rc, mode):
     index = data.draw(st.integers(0, len(windows) - 1))
     how = {"rc": rc, "seed": 11, "epoch": data.draw(st.integers(0, 5)), "window": mode}
     cuts = sorted(data.draw(st.lists(st.integers(0, seq_len), max_size=4)))
-    parts = [windows.read(index, a, b, **how) for a, b in zip([0, *cuts], [*cuts, seq_len])]
+    parts = [windows.bases(index, a, b, **how) for a, b in zip([0, *cuts], [*cuts, seq_len])]
     inputs, targets = (np.concatenate(p) for p in zip(*parts))
     start = windows.start(index, seed=11, epoch=how["epoch"], window=mode)
     text = decode(genome.bases[start : start + seq_len + 1])
@@ -225,12 +225,12 @@ def test_shards_concatenate_to_the_window(data, seq_len, rc, mode):
 def test_a_shard_touches_no_other_base():
     genome = Genome([64])
     windows = Windows(genome, [Region(0, 64)], 21)
-    whole = {rc: windows.read(1, 5, 9, rc=rc) for rc in (False, True)}
+    whole = {rc: windows.bases(1, 5, 9, rc=rc) for rc in (False, True)}
     for rc, needed in ((False, range(26, 31)), (True, range(42 - 9, 42 - 5 + 1))):
         damaged = Genome([64])
         damaged.bases = np.full(64, 255, dtype=np.uint8)  # no token: complementing it would raise
         damaged.bases[needed] = genome.bases[needed]
-        for got, expected in zip(Windows(damaged, [Region(0, 64)], 21).read(1, 5, 9, rc=rc), whole[rc], strict=True):
+        for got, expected in zip(Windows(damaged, [Region(0, 64)], 21).bases(1, 5, 9, rc=rc), whole[rc], strict=True):
             assert np.array_equal(got, expected)
 
 
@@ -238,12 +238,12 @@ def test_an_empty_slice_is_empty_and_a_wrong_one_an_error():
     windows = Windows(Genome([64]), [Region(0, 64)], 21)
     for rc in (False, True):
         for at in (0, 7, 21):
-            inputs, targets = windows.read(0, at, at, rc=rc)
+            inputs, targets = windows.bases(0, at, at, rc=rc)
             assert inputs.shape == targets.shape == (0,)
             assert inputs.dtype == np.uint8
     for begin, end in ((-1, 3), (4, 3), (0, 22)):
         with pytest.raises(ValueError, match="needs 0 <= begin <= end <= 21"):
-            windows.read(0, begin, end)
+            windows.bases(0, begin, end)
     with pytest.raises(ValueError, match="seq_len must be at least 1"):
         Windows(Genome([64]), [], 0)
 
@@ -257,7 +257,8 @@ def section(tmp_path):
 def test_split_windows_of_a_file(section, tmp_path):
     windows = split_windows(pack(section), section)
     assert {split: len(w) for split, w in windows.items()} == {"train": 4, "valid": 2}
-    inputs, _ = windows["valid"].read(0, 0, 20)
+    inputs, _, documents = windows["valid"].read(0, 0, 20)
+    assert documents is None
     assert windows["valid"].start(0) == 105
     assert decode(inputs) == "GCAACGGGTTGCAACGGGTT"
     bed = tmp_path / "i.bed"

@@ -12,14 +12,15 @@ import torch
 
 from seqengine.check import check_run
 from seqengine.checkpoint.restore import restore_model
-from seqengine.checkpoint.state import Progress, Record
-from seqengine.checkpoint.store import CheckpointError, CheckpointStore, mesh_record
+from seqengine.checkpoint.state import Progress, Record, model_tensors, optimizer_tensors, rng_tensors
+from seqengine.checkpoint.store import CheckpointError, CheckpointStore
 from seqengine.config.data import DataSection
+from seqengine.config.engine import PrecisionSection
 from seqengine.config.load import Loaded, load
 from seqengine.config.run import RunConfig
-from seqengine.config.sections import PrecisionSection, RunSection, TrainSection
+from seqengine.config.sections import RunSection, TrainSection
 from seqengine.config.write import changed, dump
-from seqengine.data.packed import pack
+from seqengine.data.source import open_source
 from seqengine.data.stream import StreamState
 from seqengine.errors import InputError
 from seqengine.interop import formats
@@ -27,7 +28,7 @@ from seqengine.interop.files import check_target
 from seqengine.model import LanguageModel, build_model
 from seqengine.optim import build_optimizer
 from seqengine.parallel.mesh import Mesh
-from seqengine.rundir import CheckpointTarget, RunDirectory, versions
+from seqengine.rundir import CheckpointTarget, RunDirectory, mesh_record, versions
 
 FAILED = 1
 STEPS, WINDOWS, SEQ_LEN = 1000, 16, 1024
@@ -65,7 +66,7 @@ def import_weights(source: Path, run: Path, name: str | None, overrides: Sequenc
     data = loaded.config.data
     check_run(loaded.config)
     has_data = data.source != "fasta" or data.fasta is not None
-    data_hash = pack(data).content_hash if has_data else ""
+    data_hash = open_source(data).content_hash if has_data else ""
     ours, difference = _copy_of(model, loaded.config, source)
     aside = run.absolute().with_name(f".{run.absolute().name}.{os.getpid()}.tmp")
     try:
@@ -160,14 +161,15 @@ def _write_run(run: RunDirectory, model: LanguageModel, loaded: Loaded, data_has
     record = Record(
         progress=Progress(),
         stream=StreamState(seed=loaded.config.run.seed, epoch=0, samples=0).to_dict(),
-        mesh=mesh_record(mesh),
+        mesh=mesh_record(mesh, "none"),
         data_hash=data_hash,
         versions=versions(),
     )
     store = CheckpointStore(run.checkpoints, mesh, keep=loaded.config.ckpt.keep)
     torch.manual_seed(loaded.config.run.seed)  # the random state is part of a checkpoint
-    store.save(model, build_optimizer(model, loaded.config.optim), record)
-    run.write(loaded, data_hash, mesh_record(mesh))
+    tensors = model_tensors(model) | optimizer_tensors(model, build_optimizer(model, loaded.config.optim))
+    store.save(tensors | rng_tensors(mesh.rank, mesh.device), record)
+    run.write(loaded, data_hash, mesh_record(mesh, "none"))
     back, _ = restore_model(CheckpointTarget(run, None), loaded.config, mesh)
     saved, read = model.state_dict(), back.state_dict()
     wrong = [key for key in saved if not torch.equal(saved[key], read[key])]

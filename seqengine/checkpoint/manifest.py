@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 MANIFEST = "MANIFEST.sha256"
+TENSOR_FILES = "*.distcp"
 
 
 def sha256(path: Path) -> str:
@@ -14,25 +15,35 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(directory: Path, hashes: Mapping[str, str]) -> None:
+def manifest_text(hashes: Mapping[str, str]) -> str:
     """`sha256sum -c MANIFEST.sha256` in the directory checks it without this program."""
-    lines = [f"{digest}  {name}\n" for name, digest in sorted(hashes.items())]
-    (directory / MANIFEST).write_text("".join(lines))
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
 
 
-def read_manifest(directory: Path) -> dict[str, str]:
-    """File name -> hash. Raises ValueError if it is missing or a line is not one."""
+def read_manifest(directory: Path, needed: Iterable[str] = ()) -> dict[str, str]:
+    """File name -> hash.
+
+    needed: names that must be listed; so must every file of tensors that lies in the directory.
+    Raises: ValueError if the manifest is missing or is not, to the byte, one that `manifest_text` makes.
+    """
     path = directory / MANIFEST
     if not path.is_file():
         raise ValueError(f"{directory.name} has no {MANIFEST}")
+    content = path.read_bytes()
     hashes = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(content.decode("utf-8", "replace").split("\n")[:-1], start=1):
         digest, separator, name = line.partition("  ")
         if not separator or len(digest) != 64 or not name or "/" in name:
             raise ValueError(f"line {number} of {MANIFEST} is damaged")
         hashes[name] = digest
     if not hashes:
         raise ValueError(f"{MANIFEST} is empty")
+    if manifest_text(hashes).encode() != content:
+        raise ValueError(f"{MANIFEST} is damaged")
+    present = {p.name for p in directory.glob(TENSOR_FILES)}
+    missing = sorted({*needed, *present} - hashes.keys())
+    if missing:
+        raise ValueError(f"{MANIFEST} does not list {', '.join(missing)}")
     return hashes
 
 
@@ -40,11 +51,13 @@ def find_damage(directory: Path, names: Iterable[str], hashes: Mapping[str, str]
     """What is wrong with some of the files, a phrase each; empty if they are as they were written."""
     problems = []
     for name in names:
-        path = directory / name
-        if not path.is_file():
+        try:
+            if sha256(directory / name) != hashes[name]:
+                problems.append(f"{name} does not have the contents that were saved")
+        except FileNotFoundError:
             problems.append(f"{name} is missing")
-        elif sha256(path) != hashes[name]:
-            problems.append(f"{name} does not have the contents that were saved")
+        except OSError as error:
+            problems.append(f"{name} cannot be read: {error.strerror or error}")
     return problems
 
 
@@ -53,5 +66,14 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def forget_cached(path: Path) -> None:
+    """Let the next read of a synced file come from the disk, where the system can be told to."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)

@@ -1,10 +1,11 @@
 """What a checkpoint holds: tensors by name, and a small record of where the run stands.
 
-Tensors: `model.<name>`, `optim.<name>.<moment>`, `rng.rank-<N>`. The learning rate, the decay and the schedule are not
-saved: they follow from the config and the tokens seen.
+Tensors: `model.<name>`, `optim.<name>.<key>`, `rng.rank-<N>`, and what else a run gives. The learning rate, the decay and the
+schedule are not saved: they follow from the config and the tokens seen.
 """
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from seqengine.errors import InputError
+from seqengine.muon import Muon
+from seqengine.optim import Optimizers
 
 RECORD = "engine.json"
-FORMAT = 1
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+FORMAT = 2
+READABLE = (1, 2)
+"""Format 1 has no stage and no extra."""
 
 
 @dataclass
@@ -26,9 +30,11 @@ class Progress:
     step: int = 0
     tokens: int = 0
     samples: int = 0
-    """Windows consumed over all ranks: with the seed, the whole state of the data stream."""
+    """Windows consumed in this stage over all ranks: with the seed, the whole state of the data stream."""
     seconds: float = 0.0
     """Time spent training, over all lives of the run."""
+    stage: int = 0
+    """Index of the length stage."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +43,35 @@ class Record:
 
     progress: Progress
     stream: dict[str, int]
-    mesh: dict[str, int]
+    mesh: Mapping[str, int | str]
     data_hash: str
     versions: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Whatever else a run wants back, as JSON."""
     format: int = FORMAT
 
-    def write(self, directory: Path) -> None:
-        (directory / RECORD).write_text(json.dumps(asdict(self), indent=2) + "\n")
+    def text(self) -> str:
+        """The file's contents, which no longer follow changes of `progress`."""
+        return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
     def read(cls, directory: Path) -> "Record":
-        """Raises InputError if the file is of another format."""
-        raw: dict[str, Any] = json.loads((directory / RECORD).read_text())
-        if raw.get("format") != FORMAT:
-            raise InputError(f"{directory}: checkpoint format must be {FORMAT}; got {raw.get('format')}.")
-        return cls(**{**raw, "progress": Progress(**raw["progress"])})
+        """Raises InputError if there is none, or it is of another format."""
+        file = directory / RECORD
+        try:
+            raw = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file}: must be the record of a checkpoint: {error}.") from None
+        if not isinstance(raw, dict) or raw.get("format") not in READABLE:
+            found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
+            raise InputError(
+                f"{directory}: checkpoint format must be {' or '.join(map(str, READABLE))}; got {found}. "
+                "Use the version of seqengine that wrote it."
+            )
+        try:
+            return cls(**{**raw, "progress": Progress(**raw["progress"])})
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{file}: must be the record of a checkpoint: {error}.") from None
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -59,19 +79,50 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's moments by parameter name, made first where the optimiser has not stepped yet."""
+def optimizer_tensors(model: nn.Module, optimizer: Optimizers | torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything the optimiser keeps of its parameters, by their names: `optim.<parameter>.<key>`. Not copies.
+
+    What it has not made yet, as it has not stepped, is made first, as zeros. Plain numbers become tensors in its state.
+    Raises TypeError for an optimiser whose first state is not known.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     tensors = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        state = optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        tensors.update({f"optim.{name}.{moment}": state[moment] for moment in MOMENTS})
+    for one in optimizer.each if isinstance(optimizer, Optimizers) else (optimizer,):
+        first = _first_state(one)
+        for group in one.param_groups:
+            for parameter in (p for p in group["params"] if p in names):
+                state = one.state[parameter]
+                if not state:
+                    state.update(first(parameter, group))
+                for key, value in state.items():
+                    if not isinstance(value, Tensor):
+                        state[key] = torch.as_tensor(value)
+                    tensors[f"optim.{names[parameter]}.{key}"] = state[key]
     return tensors
+
+
+def _first_state(optimizer: torch.optim.Optimizer) -> Callable[[nn.Parameter, dict[str, Any]], dict[str, Tensor]]:
+    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        return _first_adam
+    if isinstance(optimizer, Muon | torch.optim.Muon):
+        return _first_muon
+    raise TypeError(f"optimizer: must be Adam, AdamW or Muon; got {type(optimizer).__name__}")
+
+
+def _first_adam(parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
+    on_device = group.get("fused") or group.get("capturable")
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else None)
+    moments = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group.get("amsgrad") else [])]
+    return {"step": step, **{key: _zeros(parameter) for key in moments}}
+
+
+def _first_muon(parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
+    return {"momentum_buffer": _zeros(parameter)}
+
+
+def _zeros(parameter: nn.Parameter) -> Tensor:
+    """A DTensor for a DTensor."""
+    return torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
 
 
 def rng_tensors(rank: int, device: torch.device) -> dict[str, Tensor]:
@@ -82,7 +133,7 @@ def rng_tensors(rank: int, device: torch.device) -> dict[str, Tensor]:
     return {f"rng.rank-{rank}": torch.cat(states)}
 
 
-def restore_rng(tensors: dict[str, Tensor], rank: int, device: torch.device) -> None:
+def restore_rng(tensors: Mapping[str, Tensor], rank: int, device: torch.device) -> None:
     """The inverse of `rng_tensors`."""
     saved = tensors[f"rng.rank-{rank}"]
     size = torch.get_rng_state().numel()

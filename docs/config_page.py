@@ -5,9 +5,16 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from seqengine.config.data import MixSection, StageSection
 from seqengine.config.optim import OptimGroup
 from seqengine.config.run import RunConfig
 from seqengine.config.values import Section
+
+ARRAYS: dict[str, dict[str, type[Section]]] = {
+    "optim": {"groups": OptimGroup},
+    "data": {"mix": MixSection, "stages": StageSection},
+}
+"""Arrays of tables, by section."""
 
 HEAD = """# Configuration
 
@@ -23,8 +30,8 @@ def page() -> str:
     parts = [HEAD]
     for name, field in RunConfig.model_fields.items():
         parts += _section(name, field.annotation)
-        if name == "optim":
-            parts += _section("optim.groups", OptimGroup, brackets=("[[", "]]"))
+        for table, section in ARRAYS.get(name, {}).items():
+            parts += _section(f"{name}.{table}", section, brackets=("[[", "]]"))
     return "\n".join(parts)
 
 
@@ -45,7 +52,7 @@ def _section(path: str, section: Any, brackets: tuple[str, str] = ("[", "]")) ->
         annotation = field.annotation
         if isinstance(annotation, type) and issubclass(annotation, Section):
             nested += _section(f"{path}.{key}", annotation)
-        elif key != "groups":
+        elif key not in ARRAYS.get(path, {}):
             default = "" if field.is_required() or field.default is None else f"`{_toml(field.default)}`"
             meaning = " ".join((field.description or "").split()).replace("|", "\\|")
             assert meaning, f"{path}.{key} needs a docstring"

@@ -8,14 +8,15 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from seqengine.errors import InputError
+from seqengine.launch.cli_ckpt import add_ckpt
 
 if TYPE_CHECKING:
     from seqengine.config.run import RunConfig
 
-FAILED, BAD_INPUT = 1, 2
+FAILED, BAD_INPUT, PREEMPTED = 1, 2, 75
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,12 +62,20 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--allow-change", action="append", default=[], metavar="KEY", help="let a resumed run change this key"
     )
+    train.add_argument(
+        "--max-restarts",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="start all processes again, from the last checkpoint, when one is killed; at most so often",
+    )
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("eval", help="loss of a run, or of one checkpoint, on its validation windows")
     evaluate.add_argument("target", metavar="RUN|CHECKPOINT", type=Path)
     evaluate.add_argument("overrides", nargs="*", metavar="a.b=c")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate.add_argument("--ema", action="store_true", help="the averaged weights of a run with optim.ema")
     evaluate.set_defaults(run=_eval)
 
     generate = commands.add_parser("generate", help="go on writing where a prompt ends")
@@ -78,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=int, help="of so many most likely tokens")
     generate.add_argument("--top-p", type=float, help="of the fewest tokens that have this probability together")
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--ema", action="store_true", help="the averaged weights of a run with optim.ema")
     generate.add_argument(
         "--distill",
         metavar="N|auto:TOLERANCE",
@@ -91,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("overrides", nargs="*", metavar="a.b=c")
     check.set_defaults(run=_check)
 
-    _add_ckpt(commands)
+    add_ckpt(commands)
 
     demo = commands.add_parser(
         "demo", help="the main job, small: train on two processes, evaluate on one, draw the curve"
@@ -105,36 +115,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_ckpt(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    ckpt = commands.add_parser("ckpt", help="published weights in and out")
-    below = ckpt.add_subparsers(required=True, metavar="COMMAND")
-
-    bring = below.add_parser("import", help="make a run of published weights, to train, evaluate and generate from")
-    bring.add_argument("source", metavar="FOLDER_OR_FILE", type=Path, help="with config.json in it, or beside the file")
-    bring.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="must not exist")
-    bring.add_argument(
-        "overrides", nargs="*", metavar="a.b=c", help="settings of the run, such as data.fasta=genome.fa"
-    )
-    bring.add_argument("--format", help="hyenadna, h3, gla or evo2; found out if not given")
-    bring.set_defaults(run=_ckpt_import)
-
-    write = below.add_parser("export", help="write a run's weights as others publish theirs")
-    write.add_argument("target", metavar="RUN|CHECKPOINT", type=Path)
-    write.add_argument("folder", metavar="FOLDER", type=Path)
-    write.add_argument("--format", required=True, help="hyenadna, h3, gla or evo2")
-    write.add_argument("--force", action="store_true", help="replace an earlier export")
-    write.set_defaults(run=_ckpt_export)
-
-
 def _train(arguments: argparse.Namespace) -> int:
     from seqengine.check import check_run
     from seqengine.checkpoint.store import CheckpointError
     from seqengine.config.load import load
-    from seqengine.data.packed import pack
+    from seqengine.data.source import open_source
     from seqengine.launch.environment import read_processes
-    from seqengine.launch.process import choose_device, mesh_of, num_replicas
+    from seqengine.launch.process import choose_device, mesh_of, mesh_shape
     from seqengine.rundir import RunDirectory
-    from seqengine.train import TrainingError, train
+    from seqengine.train import Preempted, TrainingError, train
 
     allowed = tuple(arguments.allow_change)
     loaded = load(arguments.config, arguments.overrides)
@@ -142,24 +131,34 @@ def _train(arguments: argparse.Namespace) -> int:
     # Find every fault here, before a group or a directory is made.
     choose_device(loaded.config, processes)
     if processes.launched:
-        num_replicas(loaded.config, processes)
+        mesh_shape(loaded.config, processes)
     RunDirectory(loaded.config.run_dir).check_resumable(loaded, allowed)
     check_run(loaded.config)
-    if not processes.launched and _num_processes(loaded.config) > 1:
+    num_processes = _num_processes(loaded.config)
+    if not processes.launched and (num_processes > 1 or arguments.max_restarts):
         changes = [word for key in allowed for word in ("--allow-change", key)]
-        return _launch(["train", arguments.config, *arguments.overrides, *changes], _num_processes(loaded.config))
+        words = ["train", arguments.config, *arguments.overrides, *changes]
+        signals = loaded.config.ckpt.on_signal
+        return _launch(words, num_processes, max_restarts=arguments.max_restarts, signals=signals)
     with mesh_of(loaded.config, processes) as mesh:
         try:
-            train(loaded, pack(loaded.config.data), mesh, allow_changes=allowed)
+            train(loaded, open_source(loaded.config.data), mesh, allow_changes=allowed)
+        except Preempted as stop:
+            _say(mesh.rank, str(stop))
+            return PREEMPTED
         except (TrainingError, CheckpointError) as error:
-            if mesh.rank == 0:
-                print(f"seqengine: {error}", file=sys.stderr)
+            _say(mesh.rank, str(error))
             return FAILED
     return 0
 
 
+def _say(rank: int, text: str) -> None:
+    if rank == 0:
+        print(f"seqengine: {text}", file=sys.stderr, flush=True)
+
+
 def _eval(arguments: argparse.Namespace) -> int:
-    from seqengine.data.packed import pack
+    from seqengine.data.source import open_source
     from seqengine.evaluate import evaluate_checkpoint
     from seqengine.launch.environment import read_processes
     from seqengine.launch.process import mesh_of
@@ -170,9 +169,11 @@ def _eval(arguments: argparse.Namespace) -> int:
     processes = read_processes()
     if not processes.launched and _num_processes(loaded.config) > 1:
         words = ["eval", str(arguments.target), *arguments.overrides, *(["--json"] if arguments.json else [])]
+        words += ["--ema"] if arguments.ema else []
         return _launch(words, _num_processes(loaded.config))
     with mesh_of(loaded.config, processes) as mesh:
-        result = evaluate_checkpoint(target, loaded.config, pack(loaded.config.data), mesh)
+        source = open_source(loaded.config.data)
+        result = evaluate_checkpoint(target, loaded.config, source, mesh, averaged=arguments.ema)
         if mesh.rank == 0:
             print(json.dumps(result.as_dict()) if arguments.json else result.describe())
     return 0
@@ -194,18 +195,6 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _ckpt_import(arguments: argparse.Namespace) -> int:
-    from seqengine.launch.ckpt import import_weights
-
-    return import_weights(arguments.source, arguments.run_dir, arguments.format, arguments.overrides)
-
-
-def _ckpt_export(arguments: argparse.Namespace) -> int:
-    from seqengine.launch.ckpt import export_weights
-
-    return export_weights(arguments.target, arguments.folder, arguments.format, replace=arguments.force)
-
-
 def _demo(arguments: argparse.Namespace) -> int:
     from seqengine.launch.demo import run_demo
 
@@ -221,13 +210,20 @@ def _version(arguments: argparse.Namespace) -> int:
 
 
 def _num_processes(config: "RunConfig") -> int:
-    """Processes to start here; replicate = 'auto' means one replica unless a launcher gives more."""
-    replicas = config.parallel.replicate if isinstance(config.parallel.replicate, int) else 1
-    return replicas * config.parallel.sequence
+    """Processes to start here; 'auto' means one, unless a launcher gives more."""
+    parallel = config.parallel
+    copies, shards = (n if isinstance(n, int) else 1 for n in (parallel.replicate, parallel.shard))
+    return copies * shards * parallel.sequence
 
 
-def _launch(arguments: list[str], num_processes: int) -> int:
+def _launch(arguments: list[str], num_processes: int, **options: Any) -> int:
     from seqengine.launch.torchrun import run_local
 
     sys.stdout.flush()
-    return run_local(arguments, num_processes)
+    return run_local(arguments, num_processes, **options)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0; got {text!r}")
+    return int(text)

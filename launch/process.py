@@ -6,36 +6,76 @@ from contextlib import contextmanager
 
 import torch
 
+from seqengine.config.engine import ParallelSection
+from seqengine.config.mesh_checks import Length, lengths
 from seqengine.config.run import RunConfig
 from seqengine.errors import InputError
-from seqengine.launch.environment import Processes, available_cores, prepare_deterministic_cuda
+from seqengine.launch.environment import (
+    Processes,
+    available_cores,
+    prepare_deterministic_cuda,
+    prepare_rendezvous,
+)
 from seqengine.parallel.mesh import Mesh, start_processes, stop_processes
 
-GROUP_TIMEOUT_SECONDS = 600.0
-"""A rank that waits this long for another raises, instead of hanging."""
+
+def mesh_shape(config: RunConfig, processes: Processes) -> tuple[int, int]:
+    """(groups of ranks that read different windows, how many of them share one copy of the weights).
+
+    Raises InputError if the mesh does not fit the number of processes, in any stage.
+    """
+    parallel, world = config.parallel, processes.world_size
+    groups, rest = divmod(world, parallel.sequence)
+    copies, shard = _copies_and_shards(parallel, groups)
+    if rest or copies * shard != groups:
+        shape = f"parallel.replicate x shard x sequence = {parallel.replicate} x {parallel.shard} x {parallel.sequence}"
+        needed = copies * shard * parallel.sequence
+        raise InputError(
+            f"{shape} must be the number of processes; got {world}. Start {max(1, needed)}, or change them."
+        )
+    problems = [
+        p
+        for length in lengths(config.train, config.data, parallel)
+        for p in _stage_problems(length, config, world, copies if parallel.is_sharded else 1)
+    ]
+    if problems:
+        raise InputError(*problems)
+    return groups, shard
 
 
-def num_replicas(config: RunConfig, processes: Processes) -> int:
-    """Copies of the model. Raises InputError if the mesh does not fit the number of processes."""
-    sequence, wanted, world = config.parallel.sequence, config.parallel.replicate, processes.world_size
-    replicas = wanted if isinstance(wanted, int) else max(1, world // sequence)
-    if replicas * sequence != world:
-        shape = f"parallel.replicate x parallel.sequence = {wanted} x {sequence}"
-        raise InputError(
-            f"{shape} must be the number of processes; got {world}. Start {replicas * sequence}, or change them."
+def _copies_and_shards(parallel: ParallelSection, groups: int) -> tuple[int, int]:
+    """`auto` filled in, for so many groups of ranks that read different windows."""
+    copies, shard = parallel.replicate, parallel.shard
+    if isinstance(shard, str):
+        one_copy = max(1, groups // (1 if isinstance(copies, str) else copies))
+        shard = one_copy if parallel.is_sharded else 1
+    return (groups // shard if isinstance(copies, str) else copies), shard
+
+
+def _stage_problems(length: Length, config: RunConfig, world: int, copies: int) -> Iterator[str]:
+    windows = config.train.batch_tokens // length.seq_len
+    if world // copies % length.sequence:
+        ranks = f"{world} ranks" if copies == 1 else f"{world // copies} ranks of a copy of the weights"
+        yield f"{length.sequence_key} = {length.sequence} must divide the {ranks}; change it, or the number of processes."
+        return
+    groups = world // length.sequence
+    if windows % groups:
+        yield (
+            f"parallel.replicate x shard = {groups} must divide the {windows} windows of a step (train.batch_tokens / "
+            f"{length.key}); change train.batch_tokens or the number of processes."
         )
-    if config.windows_per_step % replicas:
-        raise InputError(
-            f"parallel.replicate = {replicas} must divide the {config.windows_per_step} windows of a step "
-            f"(train.batch_tokens / data.seq_len); change train.batch_tokens or the number of processes."
-        )
-    rows = config.windows_per_step // replicas
-    if config.train.micro_batch != "auto" and rows % config.train.micro_batch:
-        raise InputError(
-            f"train.micro_batch = {config.train.micro_batch} must divide the {rows} windows of one replica; "
+    elif length.micro_batch != "auto" and windows // groups % length.micro_batch:
+        yield (
+            f"{length.micro_batch_key} = {length.micro_batch} must divide the {windows // groups} windows of one replica; "
             "set it to a divisor, or leave it 'auto'."
         )
-    return replicas
+
+
+def ranks_per_node(config: RunConfig, processes: Processes) -> int | None:
+    """Neighbouring ranks on one machine; None where nodes would cut the ranks or a window unevenly."""
+    here, sequence = processes.local_world_size, config.parallel.sequence
+    fits = processes.world_size % here == 0 and (here % sequence == 0 or sequence % here == 0)
+    return here if fits else None
 
 
 def choose_device(config: RunConfig, processes: Processes) -> torch.device:
@@ -63,7 +103,7 @@ def keep_freed_memory() -> None:
 @contextmanager
 def mesh_of(config: RunConfig, processes: Processes) -> Iterator[Mesh]:
     """The mesh of this job, for the time of a run."""
-    replicas = num_replicas(config, processes)
+    groups, shards = mesh_shape(config, processes)
     device = choose_device(config, processes)
     if config.run.deterministic:
         if device.type == "cuda":
@@ -77,8 +117,10 @@ def mesh_of(config: RunConfig, processes: Processes) -> Iterator[Mesh]:
     if processes.world_size == 1:
         yield Mesh.single(device)
         return
-    start_processes(processes.rank, processes.world_size, device, GROUP_TIMEOUT_SECONDS)
+    prepare_rendezvous(processes)
+    start_processes(processes.rank, processes.world_size, device, config.comm.init_timeout)
     try:
-        yield Mesh.create(replicas, config.parallel.sequence, device)
+        node = ranks_per_node(config, processes)
+        yield Mesh.create(groups, config.parallel.sequence, device, num_shards=shards, ranks_per_node=node)
     finally:
         stop_processes()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from seqengine.parallel import comm
+from seqengine.parallel.ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,25 @@ class Mesh:
             ranks_per_node=ranks_per_node,
         )
 
+    def reshaped(self, sequence_size: int, *, keep_copies: bool) -> "Mesh":
+        """The same ranks, with each window over `sequence_size` of them. Every rank must call.
+
+        keep_copies: for sharded parameters, whose copies stay on the ranks that they lie on.
+        Raises ValueError, before any message, if the ranks (of a copy) are no multiple of sequence_size.
+        """
+        if sequence_size == self.sequence_size:
+            return self
+        part = self.size // (self.num_copies if keep_copies else 1)
+        if part % sequence_size:
+            raise ValueError(f"Mesh: sequence_size must divide {part} ranks; got {sequence_size}.")
+        return Mesh.create(
+            self.size // sequence_size,
+            sequence_size,
+            self.device,
+            num_shards=part // sequence_size if keep_copies else 1,
+            ranks_per_node=self.ranks_per_node,
+        )
+
     @property
     def sequence_size(self) -> int:
         return self.size // self.num_replicas
@@ -132,8 +152,28 @@ class Mesh:
             comm.all_reduce_max(torch.tensor(value, dtype=torch.float64, device=self.device), self.world).item()
         )
 
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        """`x` of rank `source`, on every rank and on the mesh's device; the others' tell shape and dtype."""
+        x = x.to(self.device).contiguous()
+        if self.world is None:
+            return x
+        received = x.clone() if self.rank == source else torch.empty_like(x)
+        for work in comm.start_broadcast(received, source, self.world, Ledger(), "broadcast"):
+            work.wait()
+        return received
+
     def barrier(self) -> None:
         comm.barrier(self.world)
+
+    def side_group(self, timeout_seconds: float = 3600.0) -> dist.ProcessGroup | None:
+        """All ranks once more, over gloo, for the messages of another thread: they never meet those of training.
+
+        Every rank must call. `free_group` ends it. None in a single process.
+        """
+        if self.world is None:
+            return None
+        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        return group
 
 
 def _check_nodes(world: int, sequence_size: int, ranks_per_node: int) -> None:
@@ -164,6 +204,12 @@ def stop_processes() -> None:
     if dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()
+
+
+def free_group(group: dist.ProcessGroup | None) -> None:
+    """End a side group, if it is one and the processes have not left already."""
+    if group is not None and dist.is_initialized():
+        dist.destroy_process_group(group)
 
 
 @torch.no_grad()

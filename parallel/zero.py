@@ -114,6 +114,9 @@ def initialize_zero(
         import deepspeed  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError as error:
         raise ImportError(f"{name}: DeepSpeed must be installed: pip install 'seqengine-train[deepspeed]'.") from error
+    if mesh.device.type == "cpu":
+        # It would compile an exchange of its own at first use, and wait for ever for a compilation that was killed.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
         model=model,
         config={"communication_data_type": "fp32", **config},
@@ -132,3 +135,69 @@ def backward(engine: Any, loss: Tensor, mesh: Mesh) -> None:
     Any number of calls before engine.step(), gradient_accumulation_steps in all; nothing is averaged over them.
     """
     engine.backward(loss * mesh.size, scale_wrt_gas=False)
+
+
+STATES = ("exp_avg", "exp_avg_sq")
+"""AdamW's moments."""
+
+
+def prepare_moments(engine: Any) -> None:
+    """Make AdamW's moments, zeros, before the first step, so that a checkpoint can fill them."""
+    zero, adam = engine.optimizer, engine.optimizer.optimizer
+    for flat in _flat_parts(engine):
+        if not adam.state[flat]:
+            zeros = {key: torch.zeros_like(flat, requires_grad=False) for key in STATES}
+            adam.state[flat] = {"step": torch.zeros((), dtype=torch.float32, device=flat.device), **zeros}
+    if engine.zero_optimization_stage() < 3:
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _flat_parts(engine: Any) -> list[Tensor]:
+    """This rank's parts of the float32 weights, as the optimiser knows them."""
+    zero = engine.optimizer
+    is_cut = engine.zero_optimization_stage() == 3
+    return list(zero.fp32_partitioned_groups_flat if is_cut else zero.single_partition_of_fp32_groups)
+
+
+def whole_parameter(parameter: nn.Parameter) -> dict[str, Tensor]:
+    """{"": the float32 weights, "exp_avg": .., "exp_avg_sq": ..} of one parameter, whole, from every rank's part.
+
+    Traffic: an all-reduce or all-gather of the parameter for each. Every rank must call, in the same order.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    found = {"": safe_get_full_fp32_param(parameter)}
+    found |= {key: safe_get_full_optimizer_state(parameter, key) for key in STATES}
+    return {key: tensor.detach().view(shape) for key, tensor in found.items()}
+
+
+@torch.no_grad()
+def set_whole_parameter(parameter: nn.Parameter, tensors: Mapping[str, Tensor | None], mesh: Mesh, source: int) -> None:
+    """The inverse of `whole_parameter`: rank `source` has the tensors, the others need not. Every rank must call."""
+    from deepspeed import zero
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    empty = torch.empty(shape, dtype=torch.float32, device=parameter.device)
+    given = {key: mesh.broadcast(empty if x is None else x, source) for key, x in tensors.items()}
+    safe_set_full_fp32_param(parameter, given[""])
+    for key in STATES:
+        safe_set_full_optimizer_state(parameter, given[key], key)
+    if hasattr(parameter, "ds_id"):
+        with zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(given[""])
+    else:
+        parameter.copy_(given[""])
+
+
+def steps_taken(engine: Any) -> float:
+    """Updates that AdamW has made: its own count, for the correction of its moments."""
+    return float(engine.optimizer.optimizer.state[_flat_parts(engine)[0]]["step"])
+
+
+@torch.no_grad()
+def set_steps_taken(engine: Any, steps: float) -> None:
+    """The inverse of `steps_taken`."""
+    for flat in _flat_parts(engine):
+        engine.optimizer.optimizer.state[flat]["step"].fill_(steps)

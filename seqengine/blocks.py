@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from seqengine.config.model import ModelConfig
 from seqengine.parallel.context import SequenceContext
@@ -85,6 +86,8 @@ class Block(nn.Module):
         mlp = make_mlp(config, layer)
         self.norm2 = None if mlp is None else make_norm(config)
         self.mlp = mlp
+        self.recomputes_mlp = False
+        """The insides of the MLP are made again in the backward, instead of kept."""
 
     def forward(
         self, x: Tensor, drop: Drop, *, state: Any = None, ctx: SequenceContext | None = None
@@ -94,10 +97,18 @@ class Block(nn.Module):
             y, state = self.mixer(self.norm1(x), state=state, ctx=ctx)
             x = x + drop(y, 0)
             if self.mlp is not None and self.norm2 is not None:
-                x = x + drop(self.mlp(self.norm2(x)), 1)
+                x = x + drop(self._mlp(self.norm2(x)), 1)
             return x, state
         y, state = self.mixer(x, state=state, ctx=ctx)
         x = self.norm1(x + drop(y, 0))
         if self.mlp is not None and self.norm2 is not None:
-            x = self.norm2(x + drop(self.mlp(x), 1))
+            x = self.norm2(x + drop(self._mlp(x), 1))
         return x, state
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        assert self.mlp is not None
+        if self.recomputes_mlp and torch.is_grad_enabled():
+            kept: Tensor = checkpoint(self.mlp, x, use_reentrant=False, preserve_rng_state=False)
+            return kept
+        y: Tensor = self.mlp(x)
+        return y

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from seqengine.config.run import RunConfig
-from seqengine.data.packed import pack
-from seqengine.data.windows import split_windows
+from seqengine.data.source import check_vocabulary, open_source
 from seqengine.model import LanguageModel
 from seqengine.optim import group_settings
+from seqengine.stages import stages_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,11 @@ def check_run(config: RunConfig) -> Summary:
     settings = group_settings(sizes, config.optim, model.rules)
     decayed = sum(size for name, size in sizes.items() if settings[name][0] > 0)
     num_windows = None
-    if config.data.source != "fasta" or config.data.fasta is not None:
-        windows = split_windows(pack(config.data), config.data)
+    if config.data.is_given:
+        source = open_source(config.data)
+        check_vocabulary(source, config.model.vocab_size)
+        windows = source.windows(config.data.seq_len)
+        for stage in stages_of(config):
+            source.windows(stage.seq_len, ("train",))
         num_windows = {split: len(of_split) for split, of_split in windows.items()}
     return Summary(config, sum(sizes.values()), decayed, num_windows)

@@ -1,16 +1,17 @@
 """Loss on validation windows, the same for every mesh."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import Tensor
 
+from seqengine.backends.backend import arithmetic
 from seqengine.checkpoint.restore import restore_model
 from seqengine.config.run import RunConfig
-from seqengine.data.masking import mask_tokens
-from seqengine.data.packed import PackedGenome
+from seqengine.data.source import Source, Windows
 from seqengine.data.stream import read_windows, validation_indices
-from seqengine.data.windows import Windows, mix, split_windows
+from seqengine.feed import hide_tokens, most_windows, sample_keys
 from seqengine.metrics import bits
 from seqengine.model import LanguageModel
 from seqengine.parallel.context import SequenceContext
@@ -18,8 +19,8 @@ from seqengine.parallel.layout import offsets, split_sizes
 from seqengine.parallel.mesh import Mesh
 from seqengine.rundir import CheckpointTarget
 
-MICRO_BATCH_TOKENS = 1 << 16
-"""Tokens of a forward pass on one rank when train.micro_batch is 'auto'."""
+Loss = Callable[..., tuple[Tensor, Tensor]]
+"""(ids, labels, ctx=...) -> sum of nats and the number of labels, as LanguageModel.loss."""
 
 
 @dataclass(frozen=True)
@@ -64,62 +65,80 @@ class CheckpointEvaluation:
         )
 
 
-def arithmetic(config: RunConfig, device: torch.device) -> AbstractContextManager[object]:
-    """Autocast to bfloat16 where precision.params asks for it; filters, norms and losses stay in float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision.params == "bf16")
+class Stopped(Exception):  # noqa: N818  not an error
+    """The run was asked to stop in the middle of an evaluation."""
 
 
-def _most_windows(config: RunConfig, mesh: Mesh) -> int:
-    """Windows of which a rank's parts hold MICRO_BATCH_TOKENS, at least one."""
-    return max(1, MICRO_BATCH_TOKENS * mesh.sequence_size // config.data.seq_len)
-
-
-def micro_batch_rows(config: RunConfig, rows: int, mesh: Mesh) -> int:
-    """Windows per forward pass: a divisor of `rows`, as large as MICRO_BATCH_TOKENS on a rank allow."""
-    if config.train.micro_batch != "auto":
-        return min(config.train.micro_batch, rows)
-    most = _most_windows(config, mesh)
-    return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= most)
+def _go_on() -> bool:
+    return False
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, windows: Windows, config: RunConfig, mesh: Mesh) -> Evaluation:
+def evaluate(
+    model: LanguageModel,
+    windows: Windows,
+    config: RunConfig,
+    mesh: Mesh,
+    source: Source,
+    *,
+    loss: Loss | None = None,
+    stop: Callable[[], bool] = _go_on,
+) -> Evaluation:
     """Mean loss over `eval.windows` windows, shared out over replicas and split over sequence ranks.
 
     Every rank must call. The sums are in float64, so two meshes agree to the rounding of the forward pass.
+    loss: in place of model.loss.   stop: asked before every micro-batch, on every rank equally often.
+    Raises Stopped on every rank once `stop` is true on one.
     """
     was_training = model.training
     model.eval()
-    ctx = SequenceContext.even(mesh.sequence, config.data.seq_len)
+    try:
+        total, count, chosen = _sums(loss or model.loss, windows, config, mesh, source, stop)
+    finally:
+        model.train(was_training)
+    all_nats, all_tokens = mesh.sum(total, count)
+    return Evaluation(all_nats / max(1.0, all_tokens), int(all_tokens), chosen)
+
+
+def _sums(
+    loss: Loss, windows: Windows, config: RunConfig, mesh: Mesh, source: Source, stop: Callable[[], bool]
+) -> tuple[float, int, int]:
+    """This rank's nats and labels, and the number of windows over all ranks."""
+    ctx = SequenceContext.even(mesh.sequence, windows.seq_len)
     begin, end = ctx.bounds[ctx.rank], ctx.bounds[ctx.rank + 1]
     chosen = validation_indices(len(windows), config.eval.windows)
-    bounds = offsets(split_sizes(len(chosen), mesh.num_replicas))
+    sizes = split_sizes(len(chosen), mesh.num_replicas)
+    bounds = offsets(sizes)
     mine = chosen[bounds[mesh.replica] : bounds[mesh.replica + 1]]
-    most = _most_windows(config, mesh)
+    most = 1 if config.data.has_documents else most_windows(windows.seq_len, mesh)
     total, count = 0.0, 0
-    for start in range(0, len(mine), most):
+    for start in range(0, max(sizes), most):
+        if stop():
+            raise Stopped
         some = mine[start : start + most]
-        ids, labels = read_windows(windows, some, begin=begin, end=end)
+        if not some and config.parallel.backend in ("none", "ddp"):
+            continue
+        # A rank without windows of its own goes through the forward with the others, where they gather weights together.
+        batch = read_windows(windows, some or chosen[:1], begin=begin, end=end)
+        part = ctx if batch.documents is None else ctx.with_documents(batch.documents)
+        ids, labels = batch.ids, batch.labels
         if not config.model.causal:
-            keys = torch.tensor([mix(config.run.seed, index) >> 1 for index in some])
-            ids, labels = mask_tokens(ids, keys, ctx.positions(), config.train.mask_rate)
+            ids, labels = hide_tokens(ids, sample_keys(config.run.seed, some or chosen[:1]), part, config, source)
         with arithmetic(config, mesh.device):
-            nats, tokens = model.loss(ids.to(mesh.device), labels.to(mesh.device), ctx=ctx)
-        total += float(nats.double())
-        count += int(tokens)
-    model.train(was_training)
-    all_nats, all_tokens = mesh.sum(total, count)
-    return Evaluation(all_nats / max(1.0, all_tokens), int(all_tokens), len(chosen))
+            nats, tokens = loss(ids.to(mesh.device), labels.to(mesh.device), ctx=part)
+        total += float(nats.double()) if some else 0.0
+        count += int(tokens) if some else 0
+    return total, count, len(chosen)
 
 
 def evaluate_checkpoint(
-    target: CheckpointTarget, config: RunConfig, genome: PackedGenome, mesh: Mesh
+    target: CheckpointTarget, config: RunConfig, source: Source, mesh: Mesh, *, averaged: bool = False
 ) -> CheckpointEvaluation:
     """Verify and load a checkpoint on this mesh, whatever mesh wrote it, and evaluate it. Every rank must call.
 
     Raises InputError if the checkpoint is damaged, or there is none.
     """
-    model, loaded = restore_model(target, config, mesh)
-    valid = split_windows(genome, config.data, ("valid",))["valid"]
-    evaluation = evaluate(model, valid, config, mesh)
+    model, loaded = restore_model(target, config, mesh, averaged=averaged)
+    valid = source.windows(config.data.seq_len, ("valid",))["valid"]
+    evaluation = evaluate(model, valid, config, mesh, source)
     return CheckpointEvaluation(str(loaded.directory), loaded.record.progress.step, evaluation)

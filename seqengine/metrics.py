@@ -55,18 +55,33 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """Appends to metrics.jsonl. Lines after `step`, which a resumed run repeats, are dropped when it is opened."""
+    """Appends to metrics.jsonl. Lines that a resumed run repeats are dropped when it is opened.
 
-    def __init__(self, run_dir: Path, *, step: int) -> None:
-        path = run_dir / FILE
-        kept = [line for line in read_metrics(run_dir) if line["step"] <= step and step > 0]
+    Those are the lines after `step`, and the evaluations of a run that is complete.
+    """
+
+    def __init__(self, run_dir: Path, *, step: int, total_steps: int) -> None:
+        self._run_dir, self._total_steps = run_dir, total_steps
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        path = self._run_dir / FILE
+        kept = [line for line in read_metrics(self._run_dir) if step > 0 and not self._is_repeated(line, step)]
         aside = path.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
         aside.replace(path)
         self._file = path.open("a", buffering=1)
 
+    def _is_repeated(self, line: Line, step: int) -> bool:
+        return bool(line["step"] > step or ("split" in line and line["step"] == step >= self._total_steps))
+
     def write(self, line: Line) -> None:
         self._file.write(json.dumps(line) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines after `step`: the run went back to it."""
+        self.close()
+        self._open(step)
 
     def close(self) -> None:
         self._file.close()
@@ -156,11 +171,18 @@ class Metrics:
     @classmethod
     def open(cls, run_dir: Path, *, total_steps: int, step: int, tensorboard: bool) -> "Metrics":
         console: Sink = ProgressBar(total_steps, step) if sys.stdout.isatty() else PlainLines(total_steps)
-        return cls([JsonLines(run_dir, step=step), console, *([TensorBoard(run_dir)] if tensorboard else [])])
+        lines = JsonLines(run_dir, step=step, total_steps=total_steps)
+        return cls([lines, console, *([TensorBoard(run_dir)] if tensorboard else [])])
 
     def write(self, line: Line) -> None:
         for sink in self._sinks:
             sink.write(line)
+
+    def rewind(self, step: int) -> None:
+        """The run went back to `step`, and will write the lines after it again."""
+        for sink in self._sinks:
+            if isinstance(sink, JsonLines):
+                sink.rewind(step)
 
     def close(self) -> None:
         for sink in self._sinks:

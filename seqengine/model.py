@@ -4,25 +4,37 @@ HyenaDNA (Nguyen et al. 2023, arXiv:2306.15794): pre-norm GPT-2 blocks, residual
 """
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seqengine.blocks import Block, make_norm
+from seqengine.blocks import Block, Drop, make_norm
 from seqengine.config.model import ModelConfig
 from seqengine.dropout import token_dropout
 from seqengine.kernels import api as kernels
 from seqengine.mixers.hyena import ImplicitFilter
 from seqengine.mixers.mixer import START, ParameterRule, Start
 from seqengine.parallel.context import SequenceContext
+from seqengine.parallel.recompute import checkpoint
 from seqengine.pooling import pool, rows_context, rows_of
 
 ModelState = tuple[Any, ...]
 """The state of every block's mixer."""
 RESIDUAL_WEIGHTS = ("out_proj.weight", "fc2.weight", "down.weight")
 """Ends of names of what is added to the residual stream: smaller at first, the deeper the model (GPT-2)."""
+
+
+class Objective(NamedTuple):
+    """What a step minimises, this rank's part; all three add up over ranks."""
+
+    loss: Tensor
+    """nats, and the z-loss; differentiable."""
+    nats: Tensor
+    """The sum of nats alone, without a gradient: for the log."""
+    tokens: Tensor
+    """What it is summed over, int64."""
 
 
 class LanguageModel(nn.Module):
@@ -39,6 +51,8 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(config.padded_vocab, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config)
+        self._recompute: Literal["none", "selective", "block"] = "none"
+        self._offload = False
         self.published_layout: object = None  # set by seqengine.interop: how the weights were spelt
         self.head: nn.Linear | None = None
         if config.num_classes:
@@ -92,10 +106,34 @@ class LanguageModel(nn.Module):
 
         x = drop(self.embedding(input_ids), self.config.embed_dropout, 0)
         for i, block in enumerate(self.each_block()):
-            first_site = 2 * i + 1
-            x, _ = block(x, lambda y, n, s=first_site: drop(y, self.config.resid_dropout, s + n), ctx=ctx)
+
+            def drop_branch(y: Tensor, n: int, first_site: int = 2 * i + 1) -> Tensor:
+                return drop(y, self.config.resid_dropout, first_site + n)
+
+            x = self._run(block, x, drop_branch, ctx)
         normed: Tensor = self.norm(x)
         return normed
+
+    def _run(self, block: Block, x: Tensor, drop: Drop, ctx: SequenceContext | None) -> Tensor:
+        if self._recompute != "block" or not torch.is_grad_enabled():
+            y: Tensor = block(x, drop, ctx=ctx)[0]
+            return y
+        context = ctx or SequenceContext.single(x.shape[1])
+
+        def run(x: Tensor) -> Tensor:
+            y: Tensor = block(x, drop, ctx=ctx)[0]
+            return y
+
+        return checkpoint(run, x, ctx=context, offload=self._offload, preserve_rng_state=False)
+
+    def save_memory(self, what: Literal["none", "selective", "block"], *, offload: bool = False) -> None:
+        """Of what the forward pass would keep for the backward, make again there: nothing; the insides of MLPs; of blocks.
+
+        offload: what blocks keep waits in the CPU's memory.
+        """
+        self._recompute, self._offload = what, offload
+        for block in self.each_block():
+            block.recomputes_mlp = what == "selective"
 
     def forward(
         self,
@@ -130,12 +168,41 @@ class LanguageModel(nn.Module):
                 classes [B], the class of every sequence.
         """
         hidden = self.hidden(input_ids, ctx=ctx, dropout_keys=dropout_keys)
-        if not self.config.num_classes:
-            return kernels.linear_cross_entropy(hidden, self.head_weight, labels)
-        context = ctx or SequenceContext.single(input_ids.shape[1])
-        logits = self._class_logits(hidden, mask, context)
-        mine = labels[rows_of(labels.shape[0], context)]
-        return F.cross_entropy(logits, mine, reduction="sum"), (mine != -100).sum()
+        found = self._objective(hidden, labels, ctx or SequenceContext.single(input_ids.shape[1]), mask, 0.0)
+        return found.loss, found.tokens
+
+    def objective(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        ctx: SequenceContext | None = None,
+        dropout_keys: Tensor | None = None,
+        mask: Tensor | None = None,
+        z_loss: float = 0.0,
+    ) -> Objective:
+        """`loss` with the z-loss added: z_loss times the sum over labelled tokens (or sequences) of logsumexp(logits)^2.
+
+        It keeps the logarithm of the softmax's sum near zero (Chowdhery et al. 2022, arXiv:2204.02311, section 5).
+        """
+        hidden = self.hidden(input_ids, ctx=ctx, dropout_keys=dropout_keys)
+        return self._objective(hidden, labels, ctx or SequenceContext.single(input_ids.shape[1]), mask, z_loss)
+
+    def _objective(
+        self, hidden: Tensor, labels: Tensor, ctx: SequenceContext, mask: Tensor | None, z_loss: float
+    ) -> Objective:
+        if self.config.num_classes:
+            logits = self._class_logits(hidden, mask, ctx)
+            mine = labels[rows_of(labels.shape[0], ctx)]
+            counted = mine != -100
+            nats, tokens = F.cross_entropy(logits, mine, reduction="sum"), counted.sum()
+            squares = torch.where(counted, torch.logsumexp(logits, dim=-1), 0).square().sum() if z_loss else None
+        elif z_loss:
+            nats, tokens, squares = kernels.linear_cross_entropy(hidden, self.head_weight, labels, output_squares=True)
+        else:
+            nats, tokens = kernels.linear_cross_entropy(hidden, self.head_weight, labels)
+            squares = None
+        return Objective(nats if squares is None else nats + z_loss * squares, nats.detach(), tokens)
 
     def _class_logits(self, hidden: Tensor, mask: Tensor | None, ctx: SequenceContext) -> Tensor:
         """[b, num_classes] of the sequences `rows_of(B, ctx)`."""

@@ -14,10 +14,13 @@ import seqengine
 from seqengine.config.load import Loaded, load
 from seqengine.config.write import changed, dump
 from seqengine.errors import InputError
+from seqengine.parallel.mesh import Mesh
 
 CONFIG, ENVIRONMENT, CHECKPOINTS = "config.toml", "environment.json", "ckpt"
-MAY_CHANGE = ("run.dir", "run.name", "run.device", "train.steps", "train.tokens", "train.micro_batch", "data.fasta",
-              "data.bed", "data.cache", "parallel", "ckpt", "eval", "log")  # fmt: skip
+MAY_CHANGE = ("run.dir", "run.name", "run.device", "train.steps", "train.tokens", "train.micro_batch", "train.nonfinite",
+              "train.spike", "train.spike_window", "train.spike_factor", "data.fasta", "data.bed", "data.files",
+              "data.valid_files", "data.cache", "data.workers", "parallel", "activation", "compile", "comm", "ckpt", "eval",
+              "log")  # fmt: skip
 """Keys and sections that may differ when a run resumes: none of them changes what a step computes. The data are compared
 by content, not by path; a longer run changes the decay of the learning rate from here on, as its user asks."""
 
@@ -57,7 +60,7 @@ class RunDirectory:
         if problems:
             raise InputError(*problems)
 
-    def write(self, loaded: Loaded, data_hash: str, mesh: dict[str, int]) -> None:
+    def write(self, loaded: Loaded, data_hash: str, mesh: dict[str, int | str]) -> None:
         """Make the directory; write the config and what it runs with."""
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / CONFIG).write_text(dump(loaded))
@@ -82,6 +85,11 @@ class CheckpointTarget:
         raise InputError(
             f"{path}: must be a run's directory (with a {CONFIG}) or a checkpoint (RUN/{CHECKPOINTS}/step-N)."
         )
+
+
+def mesh_record(mesh: Mesh, backend: str) -> dict[str, int | str]:
+    """The mesh as saved: ranks by axis, and who holds which weights. On an equal one a run goes on bit for bit."""
+    return {**mesh.axes, "backend": backend if mesh.size > 1 else "none"}
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The training loop, from top to bottom: set up, resume, step, log, evaluate, save.
+"""The training loop, from top to bottom: set up, resume, step, log, evaluate, save, stop.
 
 Every rank runs this. A rank is (replica, sequence rank): replicas read different windows, the ranks of one replica each read
 their own slice of the same windows. Which sample a rank reads follows from the number of samples consumed, so any mesh
@@ -7,207 +7,291 @@ continues any run.
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from seqengine.checkpoint.state import Progress, Record
-from seqengine.checkpoint.store import CheckpointStore, mesh_record
+from seqengine.backends.choose import make_backend
+from seqengine.checkpoint.state import Progress
+from seqengine.codec import keep_tokenizer
 from seqengine.config.load import Loaded
-from seqengine.data.masking import chosen_tokens, mask_tokens
-from seqengine.data.packed import PackedGenome
-from seqengine.data.stream import Stream, StreamState
-from seqengine.data.windows import Windows, mix, split_windows
-from seqengine.errors import InputError
-from seqengine.evaluate import Evaluation, arithmetic, evaluate, micro_batch_rows
+from seqengine.data.source import Source, check_vocabulary
+from seqengine.data.stream import StreamState
+from seqengine.ema import Ema
+from seqengine.evaluate import Evaluation, Stopped, evaluate
+from seqengine.feed import Feed, SampleLog, micro_batch_rows
+from seqengine.keeper import Keeper
+from seqengine.memory import available_bytes, check_memory, step_memory
 from seqengine.metrics import Metrics, bits, peak_memory_bytes
 from seqengine.model import build_model
-from seqengine.optim import build_optimizer, clip_gradients, gradient_norm, learning_rate, set_learning_rate
-from seqengine.parallel.context import SequenceContext
+from seqengine.nonfinite import layer_norms, write_report
+from seqengine.optim import learning_rate
 from seqengine.parallel.guard import agree, guard_sequence_mixers
-from seqengine.parallel.mesh import Mesh, reduce_gradients
-from seqengine.rundir import RunDirectory, versions
+from seqengine.parallel.mesh import Mesh
+from seqengine.preemption import StopRequest
+from seqengine.rundir import RunDirectory, mesh_record
+from seqengine.spikes import SpikeDetector
+from seqengine.stages import Stage, stage_at, stages_of
+from seqengine.watchdog import Watchdog
+
+MOST_REWINDS = 3
+"""Times that a run goes back to one checkpoint before it gives up."""
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on: exit code 1."""
 
 
+class Preempted(Exception):  # noqa: N818  not an error
+    """The run was asked to stop, and has saved: exit code 75."""
+
+    def __init__(self, reason: str, step: int) -> None:
+        super().__init__(f"stopped by {reason} at step {step}, which is saved; the same command goes on from there")
+
+
 @dataclass(frozen=True)
 class StepResult:
-    """One optimiser step: nats per token over all ranks, the gradient norm before clipping, and whether it is due to save."""
+    """One optimiser step, the same on every rank: nats per token, the gradient norm before clipping, what is due."""
 
     loss: float
     grad_norm: float
     save: bool
+    stop: bool
 
 
 class Trainer:
     """Everything that a step needs, and the steps."""
 
-    def __init__(self, loaded: Loaded, genome: PackedGenome, mesh: Mesh) -> None:
+    def __init__(self, loaded: Loaded, source: Source, mesh: Mesh, stop: StopRequest) -> None:
         config = loaded.config
         agree(config.model_dump(mode="json"), mesh, "the config")
-        self.config, self.mesh, self.genome = config, mesh, genome
+        self.config, self.mesh, self.source, self.request = config, mesh, source, stop
+        check_vocabulary(source, config.model.vocab_size)
         self.run = RunDirectory(config.run_dir)
-        windows = split_windows(genome, config.data)
-        self.valid: Windows = windows["valid"]
-        self.stream = Stream(
-            windows["train"], seed=config.run.seed, rc_prob=config.data.rc_prob, window_mode=config.data.window
+        self.stages = stages_of(config)
+        self.meshes = {
+            stage.sequence: mesh.reshaped(stage.sequence, keep_copies=config.parallel.is_sharded)
+            for stage in self.stages
+        }
+        self.valid = source.windows(config.data.seq_len, ("valid",))["valid"]
+        self.train_windows = {s.seq_len: source.windows(s.seq_len, ("train",))["train"] for s in self.stages}
+        model = build_model(config.model, seed=config.run.seed, params=config.precision.params, device=mesh.device)
+        for reshaped in self.meshes.values():
+            if len(self.meshes) == 1 and reshaped.sequence_size > 1:
+                guard_sequence_mixers(model, reshaped)
+        self.model = model
+        self.backend = make_backend(model, config, mesh)
+        self.ema = Ema(model, config.optim.ema) if config.optim.ema else None
+        self.spikes = SpikeDetector(window=config.train.spike_window, factor=config.train.spike_factor)
+        self.keeper = Keeper(config, mesh, self.backend, self.ema, self.spikes, source.content_hash)
+        self.watchdog = Watchdog(
+            self.run.path, mesh.rank, timeout_seconds=config.comm.step_timeout or None, num_ranks=mesh.size
         )
-        self.model = build_model(config.model, seed=config.run.seed, params=config.precision.params, device=mesh.device)
-        if mesh.sequence_size > 1:
-            guard_sequence_mixers(self.model, mesh)
-        self.optimizer = build_optimizer(self.model, config.optim)
-        self.store = CheckpointStore(self.run.checkpoints, mesh, keep=config.ckpt.keep)
-        self.ctx = SequenceContext.even(mesh.sequence, config.data.seq_len)
         self.progress = Progress()
-        self._saved_step = -1
-        self._last_save = time.monotonic()
+        self.feed: Feed | None = None
+        self._rewinds = 0
 
-    def resume(self) -> None:
-        """Continue from the newest whole checkpoint, if there is one."""
-        found = self.store.load_latest(self.model, self.optimizer)
+    def save(self) -> None:
+        self.watchdog.beat(self.progress.step, "save")
+        self.keeper.save(self.progress, self._feed().stream.state(self.progress.samples))
+
+    def resume(self) -> bool:
+        """Continue from the newest whole checkpoint; False if there is none."""
+        found = self.keeper.restore()
         if found is None:
-            return
+            return False
         for damage in found.skipped:
             self.say(f"passed over a damaged checkpoint: {damage}")
-        if found.record.data_hash not in ("", self.genome.content_hash):  # "" of imported weights: no data yet
-            raise InputError(
-                f"data.fasta: {found.directory} was trained on other data (content {found.record.data_hash[:12]}); got "
-                f"{self.genome.content_hash[:12]}. Give the same genome, or start another run (run.dir=...)."
-            )
-        self.progress = found.record.progress
-        self.progress.samples = self.stream.resume(StreamState.from_dict(found.record.stream))
-        self._saved_step = self.progress.step
+        self.progress = replace(found.record.progress)
+        self.progress.samples = self._feed().stream.resume(StreamState.from_dict(found.record.stream))
         how = "bit for bit, on the same mesh" if found.same_mesh else "on another mesh, with the same samples"
         self.say(f"resumed at step {self.progress.step} from {found.directory} ({how})")
+        return True
+
+    def check_memory(self) -> None:
+        """Raises InputError on every rank if a later stage cannot fit, before the first step of the first."""
+        available = available_bytes(self.mesh.device)
+        if len(self.stages) == 1 or available is None:
+            return
+        needs = {s: step_memory(self.config, s, self.meshes[s.sequence], self._micro_rows(s)) for s in self.stages}
+        on_cpu = self.mesh.device.type == "cpu"
+        here = (self.mesh.ranks_per_node or self.mesh.size) if on_cpu else 1
+        least = -self.mesh.max(-float(available))
+        check_memory(needs, int(least), here)
+
+    def _micro_rows(self, stage: Stage) -> int:
+        mesh = self.meshes[stage.sequence]
+        return micro_batch_rows(stage.windows_per_step // mesh.num_replicas, stage, self.config, mesh)
 
     def train(self, metrics: Metrics) -> Evaluation:
-        """All steps that are left, then the last evaluation and checkpoint."""
+        """All steps that are left, then the last evaluation and checkpoint. Raises Preempted after a good save."""
         config, total = self.config, self.config.total_steps
         self.model.train()
         evaluation: Evaluation | None = None
         since, logged_tokens = time.monotonic(), self.progress.tokens
-        while self.progress.step < total:
-            started = time.monotonic()
-            result = self.step()
-            self.progress.seconds += time.monotonic() - started
-            step = self.progress.step
-            if step % config.log.every == 0 or step == total:
-                speed = (self.progress.tokens - logged_tokens) / (time.monotonic() - since)
-                self._log(metrics, result, speed)
-                since, logged_tokens = time.monotonic(), self.progress.tokens
-            pause = time.monotonic()
-            evaluation = None
-            if config.eval.every and step % config.eval.every == 0:
-                evaluation = self.evaluate(metrics)
-            if result.save:
-                self.save()
-            since += time.monotonic() - pause  # speed is that of training
-        last = evaluation or self.evaluate(metrics)
-        if self._saved_step < self.progress.step:
+        stop = self._agreed_stop()
+        try:
+            while self.progress.step < total and not stop:
+                started = time.monotonic()
+                result = self.step()
+                self.progress.seconds += time.monotonic() - started
+                step = self.progress.step
+                if step % config.log.every == 0 or step == total:
+                    speed = (self.progress.tokens - logged_tokens) / (time.monotonic() - since)
+                    self._log(metrics, result, speed)
+                    since, logged_tokens = time.monotonic(), self.progress.tokens
+                pause = time.monotonic()
+                if self._is_bad(result, metrics):
+                    logged_tokens = self.progress.tokens
+                    continue
+                stop = result.stop
+                evaluation = None
+                if config.eval.every and step % config.eval.every == 0 and not stop:
+                    evaluation = self.evaluate(metrics)
+                if result.save and not stop:
+                    self.save()
+                since += time.monotonic() - pause  # speed is that of training
+            if not stop:
+                last = evaluation or self.evaluate(metrics)
+        except Stopped:
+            stop = True
+        if self.keeper.saved_step < self.progress.step:
             self.save()
+        self.keeper.wait()
+        if stop:
+            if self.mesh.rank == 0:
+                self.request.clear_stop_file()
+            raise Preempted(self.request.reason or "another rank", self.progress.step)
         return last
 
     def step(self) -> StepResult:
         """One optimiser step on train.batch_tokens tokens: accumulate, sum over the mesh, clip, update."""
-        config, mesh, progress = self.config, self.mesh, self.progress
-        rows = config.windows_per_step // mesh.num_replicas
-        first = progress.samples + mesh.replica * rows
-        micro = micro_batch_rows(config, rows, mesh)
-        tokens = config.windows_per_step * config.data.seq_len  # over all ranks
-        labels = self._num_labels(first, rows, tokens)
-        rate = learning_rate(progress.tokens, config.total_tokens, config.optim.lr, config.schedule)
-        set_learning_rate(self.optimizer, rate)
-        self.optimizer.zero_grad(set_to_none=True)
-        local_nats = 0.0
-        for start in range(first, first + rows, micro):
-            local_nats += self._accumulate(start, micro, labels)
-        reduce_gradients(self.model, mesh)
-        nats, due = mesh.sum(local_nats, float(mesh.rank == 0 and self._save_is_due()))
-        norm = float(gradient_norm(self.model))
+        config, progress = self.config, self.progress
+        feed = self._feed()
+        stage = feed.stage
+        self.watchdog.beat(progress.step, "train")
+        batches = feed.step(progress.samples)
+        labels = feed.num_labels(batches)
+        self.backend.set_rate(learning_rate(progress.tokens, config.total_tokens, config.optim.lr, config.schedule))
+        self.backend.begin()
+        parts = []
+        for i, batch in enumerate(batches):
+            options = {"ctx": batch.ctx, "dropout_keys": batch.keys}
+            last = i == len(batches) - 1
+            parts.append(self.backend.accumulate(batch.ids, batch.labels, labels, last=last, **options))
+        self.backend.finish()
+        nats, due, stop = self.mesh.sum(
+            float(torch.stack(parts).double().sum()),
+            float(self.mesh.rank == 0 and self.keeper.is_due(self.progress.step + 1)),
+            float(self.request.reason is not None),
+        )
+        norm = self.backend.update()
         loss = nats / labels
-        if math.isfinite(norm) and math.isfinite(loss):
-            clip_gradients(self.model, norm, config.train.clip)
-            self.optimizer.step()
-        else:  # sums over the mesh: every rank sees the same
-            self._nonfinite(loss, norm, first)
+        if not math.isfinite(norm):  # a sum over the mesh: every rank sees the same
+            self._nonfinite(loss, norm, feed)
+        elif self.ema is not None:
+            self.ema.update(self.model, tokens_step=config.train.batch_tokens)
+        if self.samples_log is not None:
+            numbers = feed.sample_numbers(progress.samples)
+            places = [feed.stream.window(n) for n in numbers]
+            self.samples_log.write(progress.step + 1, stage.index, numbers, places)
         progress.step += 1
-        progress.samples += config.windows_per_step
-        progress.tokens += tokens
-        return StepResult(loss, norm, due > 0)
+        progress.samples += stage.windows_per_step
+        progress.tokens += config.train.batch_tokens
+        if stage_at(self.stages, progress.step) != stage:
+            progress.stage, progress.samples = progress.stage + 1, 0
+            self.say(str(self.stages[progress.stage]))
+        return StepResult(loss, norm, due > 0, stop > 0)
 
-    def _num_labels(self, first: int, rows: int, tokens: int) -> float:
-        """Labels of a step over all ranks: every token's, or those of masked ones."""
-        if self.config.model.causal:
-            return float(tokens)
-        positions = self.ctx.positions()
-        chosen = chosen_tokens(self._keys(first, rows), positions, self.config.train.mask_rate)
-        return max(1.0, self.mesh.sum(float(chosen.sum()))[0])
+    samples_log: SampleLog | None = None
 
-    def _keys(self, first: int, rows: int) -> torch.Tensor:
-        """A number for each sample, for what is random in it."""
-        return torch.tensor([signed(mix(self.config.run.seed, first + row)) for row in range(rows)])
+    def _feed(self) -> Feed:
+        """What this rank reads in the stage of the next step; the reader of an earlier one is closed."""
+        stage = self.stages[self.progress.stage]
+        if self.feed is None or self.feed.stage != stage:
+            if self.feed is not None:
+                self.feed.close()
+            self.feed = Feed(
+                self.train_windows[stage.seq_len], stage, self.config, self.meshes[stage.sequence], self.source
+            )
+        return self.feed
 
-    def _accumulate(self, first: int, rows: int, num_labels: float) -> float:
-        """Gradients of this rank's part of some windows, each label weighing 1 / num_labels; returns the sum of nats."""
-        begin, end = self.ctx.bounds[self.ctx.rank], self.ctx.bounds[self.ctx.rank + 1]
-        ids, labels = self.stream.batch(first, rows, begin=begin, end=end)
-        device = self.mesh.device
-        keys = self._keys(first, rows)
-        if not self.config.model.causal:
-            ids, labels = mask_tokens(ids, keys, self.ctx.positions(), self.config.train.mask_rate)
-        with arithmetic(self.config, device):
-            nats, _ = self.model.loss(ids.to(device), labels.to(device), ctx=self.ctx, dropout_keys=keys.to(device))
-        (nats / num_labels).backward()
-        return float(nats.detach().double())
+    def _agreed_stop(self) -> bool:
+        """Some rank was asked to stop. Every rank must call."""
+        return self.mesh.max(float(self.request.reason is not None)) > 0
 
-    def _nonfinite(self, loss: float, norm: float, first: int) -> None:
+    def _nonfinite(self, loss: float, norm: float, feed: Feed) -> None:
+        samples, step = feed.sample_numbers(self.progress.samples), self.progress.step + 1
+        report = write_report(
+            self.run.path, rank=self.mesh.rank, step=step, samples=samples, loss=loss, norms=layer_norms(self.model)
+        )
         what = (
-            f"step {self.progress.step + 1}: loss {loss}, gradient norm {norm}, samples from {self.progress.samples} "
-            f"(this replica: {first})"
+            f"step {step}: loss {loss}, gradient norm {norm}, samples {self.progress.samples} to "
+            f"{self.progress.samples + feed.stage.windows_per_step - 1}; norms by layer in {report.parent}"
         )
         if self.config.train.nonfinite == "stop":
             raise TrainingError(
-                f"{what}. The weights are those of step {self.progress.step}; lower optim.lr, or set "
-                "train.nonfinite='skip' to leave such steps out."
+                f"{what}. The weights are those of step {step - 1}; lower optim.lr, or set train.nonfinite='skip' to leave "
+                "such steps out."
             )
         self.say(f"skipped a step that is not finite: {what}")
 
+    def _is_bad(self, result: StepResult, metrics: Metrics) -> bool:
+        """A loss spike: said, and undone if train.spike = 'rewind'."""
+        mode = self.config.train.spike
+        if mode == "off" or not self.spikes.is_spike(result.loss):
+            return False
+        step = self.progress.step
+        self.say(f"loss spike at step {step}: {result.loss:.5f} nats per token")
+        if mode == "log":
+            return False
+        self._rewinds += 1
+        if self._rewinds > MOST_REWINDS:
+            raise TrainingError(
+                f"step {step}: the loss spiked {self._rewinds} times since the last checkpoint; lower optim.lr."
+            )
+        consumed, stage = self.progress.samples, self.progress.stage
+        self.keeper.wait()
+        if not self.resume():
+            raise TrainingError(f"step {step}: the loss spiked before the first checkpoint; lower optim.lr.")
+        if self.progress.stage == stage:
+            self.progress.samples = consumed  # what was read since the checkpoint is left out
+        metrics.rewind(self.progress.step)
+        if self.samples_log is not None:
+            self.samples_log.rewind(self.progress.step)
+        return True
+
     def evaluate(self, metrics: Metrics) -> Evaluation:
-        evaluation = evaluate(self.model, self.valid, self.config, self.mesh)
-        metrics.write(evaluation.line(self.progress.step, self.progress.tokens))
+        """On windows of data.seq_len, in the layout of the last stage; with averaged weights too, if there are any."""
+        stage = self.stages[-1]
+
+        def stop() -> bool:
+            self.watchdog.beat(self.progress.step, "eval")
+            return self._agreed_stop()
+
+        def run(split: str) -> Evaluation:
+            found = evaluate(
+                self.model, self.valid, self.config, self.meshes[stage.sequence], self.source,
+                loss=self.backend.loss, stop=stop,
+            )  # fmt: skip
+            metrics.write(found.line(self.progress.step, self.progress.tokens) | {"split": split})
+            return found
+
+        evaluation = run("valid")
+        if self.ema is not None:
+            with self.ema.applied(self.model):
+                run("valid_ema")
         return evaluation
-
-    def save(self) -> None:
-        record = Record(
-            progress=self.progress,
-            stream=self.stream.state(self.progress.samples).to_dict(),
-            mesh=mesh_record(self.mesh),
-            data_hash=self.genome.content_hash,
-            versions=versions(),
-        )
-        self.store.save(self.model, self.optimizer, record)
-        self._saved_step = self.progress.step
-        self._last_save = time.monotonic()
-
-    def _save_is_due(self) -> bool:
-        every = self.config.ckpt.every
-        if isinstance(every, int):
-            return (self.progress.step + 1) % every == 0
-        return time.monotonic() - self._last_save >= every
 
     def _log(self, metrics: Metrics, result: StepResult, tokens_per_second: float) -> None:
         memory = int(self.mesh.max(peak_memory_bytes(self.mesh.device)))
-        rates = {group["lr"] / group["lr_scale"] for group in self.optimizer.param_groups if group["lr_scale"] > 0}
         metrics.write(
             {
                 "step": self.progress.step,
                 "tokens": self.progress.tokens,
                 "loss": result.loss,
                 "bits_per_token": bits(result.loss),
-                "lr": max(rates, default=0.0),
+                "lr": self.backend.rate,
                 "grad_norm": result.grad_norm,
                 "tokens_per_second": tokens_per_second,
                 "peak_memory_bytes": memory,
@@ -220,32 +304,45 @@ class Trainer:
         if self.mesh.rank == 0:
             print(text, flush=True)
 
+    def close(self) -> None:
+        """Threads, files and what must not outlive the process group."""
+        if self.feed is not None:
+            self.feed.close()
+        if self.samples_log is not None:
+            self.samples_log.close()
+        self.watchdog.close()
+        self.keeper.close()
+        self.backend.close()
 
-def signed(word: int) -> int:
-    """A 64-bit word as torch's int64 holds it."""
-    return word - (1 << 64) if word >= 1 << 63 else word
 
-
-def train(loaded: Loaded, genome: PackedGenome, mesh: Mesh, *, allow_changes: tuple[str, ...] = ()) -> Evaluation:
+def train(loaded: Loaded, source: Source, mesh: Mesh, *, allow_changes: tuple[str, ...] = ()) -> Evaluation:
     """Train, or go on with, the run of a config; returns the evaluation of its last step.
 
-    Raises InputError for settings that do not fit the data or the run, TrainingError if training cannot go on.
+    Raises InputError for settings that do not fit the data or the run, TrainingError if training cannot go on, Preempted if
+    the run was asked to stop and has saved.
     """
-    trainer = Trainer(loaded, genome, mesh)
-    trainer.run.check_resumable(loaded, allow_changes)
-    trainer.resume()
-    if mesh.rank == 0:
-        trainer.run.write(loaded, genome.content_hash, mesh_record(mesh))
-    mesh.barrier()
-    total, step = loaded.config.total_steps, trainer.progress.step
-    if step >= total:
-        trainer.say(f"the run is complete at step {step}; raise train.steps or train.tokens to go on")
-    metrics = Metrics([])
-    if mesh.rank == 0:
-        metrics = Metrics.open(
-            trainer.run.path, total_steps=total, step=step, tensorboard=loaded.config.log.tensorboard
-        )
-    try:
-        return trainer.train(metrics)
-    finally:
-        metrics.close()
+    config = loaded.config
+    run = RunDirectory(config.run_dir)
+    with StopRequest(config.ckpt.on_signal, run.path / "stop") as stop:
+        trainer = Trainer(loaded, source, mesh, stop)
+        metrics = Metrics([])
+        try:
+            run.check_resumable(loaded, allow_changes)
+            trainer.resume()
+            trainer.check_memory()
+            if mesh.rank == 0:
+                run.write(loaded, source.content_hash, mesh_record(mesh, config.parallel.backend))
+                keep_tokenizer(source, run.path)
+            mesh.barrier()
+            total, step = config.total_steps, trainer.progress.step
+            if step >= total:
+                trainer.say(f"the run is complete at step {step}; raise train.steps or train.tokens to go on")
+            if mesh.rank == 0:
+                metrics = Metrics.open(run.path, total_steps=total, step=step, tensorboard=config.log.tensorboard)
+            if config.log.samples:
+                trainer.samples_log = SampleLog(run.path, mesh.rank, step=step)
+            trainer.watchdog.start()
+            return trainer.train(metrics)
+        finally:
+            metrics.close()
+            trainer.close()

@@ -1,13 +1,13 @@
-"""The sections of a run's config that are not about the model, the data or the optimiser.
+"""[run], [train], [eval] and [log]: what a run is, how long it trains, what it tells.
 
-Those stand in `model`, `data` and `optim`; `seqengine.config.run.RunConfig` composes all of them.
+The other sections stand in `model`, `data`, `optim` and `engine`; `seqengine.config.run.RunConfig` composes all of them.
 """
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from seqengine.config.values import Count, Positive, Section, Wording, parse_steps_or_seconds
+from seqengine.config.values import Count, Positive, Section
 
 
 class RunSection(Section):
@@ -41,36 +41,13 @@ class TrainSection(Section):
     mask_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.15
     """With model.causal = false: share of the tokens that are hidden and have to be told."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """What to do when the loss or the gradient norm is not finite."""
-
-
-class ParallelSection(Section):
-    """[parallel]: the mesh of ranks, replicate x sequence."""
-
-    replicate: Positive | Literal["auto"] = "auto"
-    """Copies of the model, each with its own windows; auto = ranks / sequence."""
-    sequence: Positive = 1
-    """Ranks over which each window is split."""
-
-
-class PrecisionSection(Section):
-    """[precision]."""
-
-    params: Literal["fp64", "fp32", "bf16"] = "fp32"
-    """Arithmetic of the forward pass; weights are kept in float32 for bf16 (autocast), in float64 for fp64."""
-
-
-class CkptSection(Section):
-    """[ckpt]: when to save. A checkpoint is always saved at the end of a run."""
-
-    every: Annotated[
-        Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0.0)],
-        BeforeValidator(parse_steps_or_seconds),
-        Wording("steps or a duration above 0", "500, '1k', '90s' or '30min'"),
-    ] = 1800.0
-    """Steps (500, '1k') or a duration ('30min', '90s'); a number with a decimal point is seconds."""
-    keep: Positive = 3
-    """Checkpoints kept; older ones are deleted once a newer one is safe."""
+    """What to do when the loss or the gradient norm is not finite; which samples and layers it was is written down."""
+    spike: Literal["off", "log", "rewind"] = "off"
+    """Of a loss far above the last ones: say so, or go back to the newest checkpoint and leave out the samples since."""
+    spike_window: Annotated[int, Field(ge=50)] = 200
+    """Losses that a new one is compared with; the first 50 are compared with nothing."""
+    spike_factor: Annotated[float, Field(gt=0.0)] = 6.0
+    """A spike is above median + factor * (median absolute deviation)."""
 
 
 class EvalSection(Section):
@@ -87,5 +64,7 @@ class LogSection(Section):
 
     every: Positive = 10
     """Steps between lines."""
+    samples: bool = False
+    """Also write which samples each rank read: RUN/samples/rank-R.jsonl, a line a step."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs the extra: pip install 'seqengine-train[tensorboard]')."""

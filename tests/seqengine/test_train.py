@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 
-from seqengine.data.packed import pack
+from seqengine.data.source import Batch, open_source
 from seqengine.data.stream import Stream
 from seqengine.metrics import read_metrics
 from seqengine.parallel.mesh import Mesh
+from seqengine.preemption import StopRequest
 from seqengine.train import Trainer
 from tests.ranks import run_ranks
 from tests.seqengine.runs import config, is_same, losses, train_on
@@ -88,23 +89,19 @@ def test_resume_on_another_mesh_reads_the_same_samples_and_goes_on_with_the_same
 
 
 def test_ranks_of_any_mesh_together_read_each_sample_once(tmp_path, monkeypatch):
-    loaded = config(tmp_path)
-    genome = pack(loaded.config.data)
-    import torch
-
-    from seqengine.parallel.mesh import Mesh
-    from seqengine.train import Trainer
-
+    loaded = config(tmp_path, "data.workers=0")  # no thread reads on after the step
+    source = open_source(loaded.config.data)
     read = []
 
     def batch(self, first, rows, *, begin, end):
         read.extend((sample, token) for sample in range(first, first + rows) for token in range(begin, end))
-        return torch.zeros(rows, end - begin, dtype=torch.int64), torch.zeros(rows, end - begin, dtype=torch.int64)
+        nothing = torch.zeros(rows, end - begin, dtype=torch.int64)
+        return Batch(nothing, nothing, None)
 
     monkeypatch.setattr(Stream, "batch", batch)
     for replica in range(2):
         mesh = Mesh(replica, 2, replica, 2, None, None, torch.device("cpu"))
-        trainer = Trainer(loaded, genome, mesh)
+        trainer = Trainer(loaded, source, mesh, StopRequest((), None))
         trainer.progress.samples = 24
         trainer.step()
     assert sorted(read) == [(sample, token) for sample in range(24, 32) for token in range(32)]
@@ -183,14 +180,14 @@ def _ranks_with_different_configs(group, folder):
     loaded = config(folder, "parallel.sequence=2", *(["optim.lr=0.5"] if group.rank() == 1 else []))
     mesh = Mesh.create(1, 2, torch.device("cpu"))
     try:
-        Trainer(loaded, pack(loaded.config.data), mesh)
+        Trainer(loaded, open_source(loaded.config.data), mesh, StopRequest((), None))
     except ValueError as error:
         return str(error)
     return "nothing was said"
 
 
 def test_ranks_with_different_configs_do_not_begin(tmp_path):
-    pack(config(tmp_path).config.data)
+    open_source(config(tmp_path).config.data)
     for said in run_ranks(2, _ranks_with_different_configs, tmp_path):
         assert "the config must be the same on every rank; got rank 1" in said
         assert '"lr": 0.5' in said
@@ -198,11 +195,13 @@ def test_ranks_with_different_configs_do_not_begin(tmp_path):
 
 def _mixer_without_context(group, folder):
     loaded = config(folder, "parallel.sequence=2")
-    trainer = Trainer(loaded, pack(loaded.config.data), Mesh.create(1, 2, torch.device("cpu")))
+    trainer = Trainer(
+        loaded, open_source(loaded.config.data), Mesh.create(1, 2, torch.device("cpu")), StopRequest((), None)
+    )
     with pytest.raises(ValueError, match=r"blocks\.0\.mixer \(Hyena\): a sequence mixer must get the SequenceContext"):
         trainer.model(torch.zeros(1, 4, dtype=torch.int64))
 
 
 def test_a_model_of_several_sequence_ranks_refuses_to_run_on_a_shard_alone(tmp_path):
-    pack(config(tmp_path).config.data)
+    open_source(config(tmp_path).config.data)
     run_ranks(2, _mixer_without_context, tmp_path)

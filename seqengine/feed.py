@@ -1,0 +1,166 @@
+"""The micro-batches of a stage that this rank reads, step by step, read ahead in the background.
+
+Sample i of a step belongs to a replica by arithmetic, and a rank reads its own tokens of it: which samples a step takes does
+not depend on the mesh, and a stopped run goes on with the sample after the last.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import count, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from seqengine.config.run import RunConfig
+from seqengine.data.masking import mask_tokens
+from seqengine.data.prefetch import Reader, Request
+from seqengine.data.source import Source, Windows
+from seqengine.data.stream import Stream
+from seqengine.data.windows import mix
+from seqengine.errors import InputError
+from seqengine.parallel.context import SequenceContext
+from seqengine.parallel.mesh import Mesh
+from seqengine.stages import Stage
+
+MICRO_BATCH_TOKENS = 1 << 16
+"""Tokens of a forward pass on one rank when micro_batch is 'auto'."""
+
+
+class MicroBatch(NamedTuple):
+    """This rank's part of some windows, on the mesh's device."""
+
+    ids: Tensor
+    """[rows, tokens] int64."""
+    labels: Tensor
+    keys: Tensor
+    """[rows] int64: a number for each sample, for what is random in it."""
+    ctx: SequenceContext
+
+
+class Feed:
+    """What a rank reads in a stage."""
+
+    def __init__(self, windows: Windows, stage: Stage, config: RunConfig, mesh: Mesh, source: Source) -> None:
+        self.stage, self.config, self.mesh, self.source = stage, config, mesh, source
+        self.stream = Stream(windows, seed=stage.seed)
+        self.ctx = SequenceContext.even(mesh.sequence, stage.seq_len)
+        self.rows = stage.windows_per_step // mesh.num_replicas
+        self.micro_rows = micro_batch_rows(self.rows, stage, config, mesh)
+        self._reader = Reader(self.stream, workers=config.data.workers)
+        self._next = -1  # the first sample of the step that the iterator is at
+        self._batches: Iterator[MicroBatch] = iter(())
+
+    def step(self, samples: int) -> list[MicroBatch]:
+        """The micro-batches of the step that follows `samples` samples of the stage."""
+        if samples != self._next:
+            self._batches = self._read_from(samples)
+        self._next = samples + self.stage.windows_per_step
+        return list(islice(self._batches, self.rows // self.micro_rows))
+
+    def sample_numbers(self, samples: int) -> list[int]:
+        """This replica's samples of the step that follows `samples` samples."""
+        first = samples + self.mesh.replica * self.rows
+        return list(range(first, first + self.rows))
+
+    def _read_from(self, samples: int) -> Iterator[MicroBatch]:
+        begin, end = self.ctx.bounds[self.ctx.rank], self.ctx.bounds[self.ctx.rank + 1]
+
+        def requests() -> Iterator[Request]:
+            for step_begin in count(samples, self.stage.windows_per_step):
+                numbers = self.sample_numbers(step_begin)
+                for at in range(0, self.rows, self.micro_rows):
+                    yield Request(numbers[at], self.micro_rows, begin, end)
+
+        asked = requests()
+        for batch, request in zip(self._reader.batches(requests()), asked, strict=False):
+            ctx = self.ctx if batch.documents is None else self.ctx.with_documents(batch.documents)
+            keys = sample_keys(self.stage.seed, range(request.first, request.first + request.rows))
+            ids, labels = batch.ids, batch.labels
+            if not self.config.model.causal:
+                ids, labels = hide_tokens(ids, keys, ctx, self.config, self.source)
+            device = self.mesh.device
+            yield MicroBatch(ids.to(device), labels.to(device), keys.to(device), ctx)
+
+    def num_labels(self, batches: list[MicroBatch]) -> float:
+        """Labels of a step over all ranks. Every rank must call."""
+        if every_token_counts(self.config):
+            return float(self.stage.windows_per_step * self.stage.seq_len)
+        return max(1.0, self.mesh.sum(float(sum(int((b.labels != -100).sum()) for b in batches)))[0])
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+def micro_batch_rows(rows: int, stage: Stage, config: RunConfig, mesh: Mesh) -> int:
+    """Windows per forward pass: a divisor of `rows`, as large as MICRO_BATCH_TOKENS a rank allow; one of packed documents."""
+    if config.data.has_documents:
+        return 1
+    if stage.micro_batch != "auto":
+        return min(stage.micro_batch, rows)
+    most = most_windows(stage.seq_len, mesh)
+    return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= most)
+
+
+def most_windows(seq_len: int, mesh: Mesh) -> int:
+    """Windows of which a rank's parts hold MICRO_BATCH_TOKENS, at least one."""
+    return max(1, MICRO_BATCH_TOKENS * mesh.sequence_size // seq_len)
+
+
+def every_token_counts(config: RunConfig) -> bool:
+    """Every token has a label, so that nobody need count them."""
+    return config.model.causal and config.data.source in ("fasta", "synthetic")
+
+
+def sample_keys(seed: int, samples: Iterable[int]) -> Tensor:
+    """[samples] int64, a number for each."""
+    return torch.tensor([signed(mix(seed, sample)) for sample in samples])
+
+
+def hide_tokens(
+    ids: Tensor, keys: Tensor, ctx: SequenceContext, config: RunConfig, source: Source
+) -> tuple[Tensor, Tensor]:
+    """Inputs with some tokens masked, and their labels."""
+    if source.mask_id is None or source.replacements is None:
+        raise InputError(
+            f"model.causal = false needs a token that hides others; data.source = {config.data.source!r} has none."
+        )
+    return mask_tokens(
+        ids, keys, ctx.positions(), config.train.mask_rate, mask_id=source.mask_id, replacements=source.replacements
+    )
+
+
+def signed(word: int) -> int:
+    """A 64-bit word as torch's int64 holds it."""
+    return word - (1 << 64) if word >= 1 << 63 else word
+
+
+class SampleLog:
+    """RUN/samples/rank-R.jsonl: which samples this rank read, a line a step. Opened at a step, it drops the lines after it."""
+
+    def __init__(self, run_dir: Path, rank: int, *, step: int) -> None:
+        self._path = run_dir / "samples" / f"rank-{rank}.jsonl"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        old = self._path.read_text().splitlines() if self._path.is_file() else []
+        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= step]
+        aside = self._path.with_suffix(".tmp")
+        aside.write_text("".join(line + "\n" for line in kept))
+        aside.replace(self._path)
+        self._file = self._path.open("a", buffering=1)
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines after `step`: the run went back to it."""
+        self.close()
+        self._open(step)
+
+    def write(self, step: int, stage: int, samples: list[int], windows: list[tuple[int, int]]) -> None:
+        """windows: (epoch, index) of each sample."""
+        line = {"step": step, "stage": stage, "samples": samples, "windows": windows}
+        self._file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        self._file.close()

@@ -27,6 +27,8 @@ def write_continuations(arguments: argparse.Namespace, processes: Processes) -> 
     codec = codec_of(target.run.path, config.data)
     prompts = [codec.encode(prompt) for prompt in arguments.prompt]
     device = choose_device(config, processes)
+    if arguments.tokens < 0:
+        raise InputError(f"--tokens: must be at least 0; got {arguments.tokens}.")
     try:
         how = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
         model, _ = restore_model(target, config, Mesh.single(device), averaged=arguments.ema)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from seqengine.config.run import RunConfig
-from seqengine.data.source import check_vocabulary, open_source
+from seqengine.data.source import Source, check_vocabulary, open_source
+from seqengine.errors import InputError
 from seqengine.model import LanguageModel
 from seqengine.optim import group_settings
 from seqengine.stages import stages_of
@@ -37,11 +38,33 @@ class Summary:
         return "\n".join([*lines, "ok"])
 
 
+def check_source(source: Source, config: RunConfig) -> None:
+    """Raises InputError if the model has no row for some id of the data, or no token that hides others where it needs one."""
+    check_vocabulary(source, config.model.vocab_size)
+    if not config.model.causal and source.mask_id is None:
+        raise InputError(
+            f"model.causal = false: data.source = {config.data.source!r} must have a token that hides others; it has none. "
+            "Set model.causal = true, or a data.tokenizer with a mask."
+        )
+
+
+def _check_compiler(config: RunConfig) -> None:
+    """Raises InputError if torch.compile has no such backend."""
+    if not config.compile.enable:
+        return
+    known = torch.compiler.list_backends(exclude_tags=())
+    if config.compile.backend not in known:
+        raise InputError(
+            f"compile.backend = {config.compile.backend!r} must be one of {', '.join(known)}; set one of them."
+        )
+
+
 def check_run(config: RunConfig) -> Summary:
     """Build the model without memory, group its parameters, pack the data if there are any, count the windows.
 
     Raises InputError for all that `train` would refuse. Writes nothing but the packed genome in data.cache.
     """
+    _check_compiler(config)
     with torch.device("meta"):
         model = LanguageModel(config.model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -50,7 +73,7 @@ def check_run(config: RunConfig) -> Summary:
     num_windows = None
     if config.data.is_given:
         source = open_source(config.data)
-        check_vocabulary(source, config.model.vocab_size)
+        check_source(source, config)
         windows = source.windows(config.data.seq_len)
         for stage in stages_of(config):
             source.windows(stage.seq_len, ("train",))

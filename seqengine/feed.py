@@ -19,7 +19,6 @@ from seqengine.data.prefetch import Reader, Request
 from seqengine.data.source import Source, Windows
 from seqengine.data.stream import Stream
 from seqengine.data.windows import mix
-from seqengine.errors import InputError
 from seqengine.parallel.context import SequenceContext
 from seqengine.parallel.mesh import Mesh
 from seqengine.stages import Stage
@@ -122,10 +121,8 @@ def hide_tokens(
     ids: Tensor, keys: Tensor, ctx: SequenceContext, config: RunConfig, source: Source
 ) -> tuple[Tensor, Tensor]:
     """Inputs with some tokens masked, and their labels."""
-    if source.mask_id is None or source.replacements is None:
-        raise InputError(
-            f"model.causal = false needs a token that hides others; data.source = {config.data.source!r} has none."
-        )
+    assert source.mask_id is not None, "check_source refuses sources without a mask"
+    assert source.replacements is not None
     return mask_tokens(
         ids, keys, ctx.positions(), config.train.mask_rate, mask_id=source.mask_id, replacements=source.replacements
     )

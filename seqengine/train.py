@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from seqengine.backends.choose import make_backend
+from seqengine.check import check_source
 from seqengine.checkpoint.state import Progress
 from seqengine.codec import keep_tokenizer
 from seqengine.config.load import Loaded
-from seqengine.data.source import Source, check_vocabulary
+from seqengine.data.source import Source
 from seqengine.data.stream import StreamState
 from seqengine.ema import Ema
 from seqengine.evaluate import Evaluation, Stopped, evaluate
@@ -66,7 +67,7 @@ class Trainer:
         config = loaded.config
         agree(config.model_dump(mode="json"), mesh, "the config")
         self.config, self.mesh, self.source, self.request = config, mesh, source, stop
-        check_vocabulary(source, config.model.vocab_size)
+        check_source(source, config)
         self.run = RunDirectory(config.run_dir)
         self.stages = stages_of(config)
         self.meshes = {

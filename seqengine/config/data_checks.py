@@ -7,6 +7,7 @@ from seqengine.config.data import GENOMES, PACKED, TASKS, TEXTS, DataSection, So
 from seqengine.config.mesh_checks import Problem
 from seqengine.config.model import ModelConfig
 from seqengine.config.sections import TrainSection
+from seqengine.mixers.registry import MIXERS
 
 DNA_SYMBOLS = 12
 """Token ids of the published HyenaDNA alphabet: 0 to 6 special, 7 to 11 A, C, G, T, N."""
@@ -129,6 +130,19 @@ def documents_stand_apart(data: DataSection, train: TrainSection) -> Iterator[Pr
             )
 
 
+def mixers_stand_apart(model: ModelConfig, data: DataSection) -> Iterator[Problem]:
+    """Every mixer can begin anew at the boundaries of documents."""
+    if not data.has_documents:
+        return
+    cannot = [n for n in dict.fromkeys(model.mixer_names) if not getattr(MIXERS[n].make, "keeps_documents_apart", True)]
+    if cannot:
+        yield Problem(
+            ("model.pattern", "model.layers", "data.documents"),
+            f"data.documents = 'separate': {', '.join(cannot)} cannot begin anew inside a window; set data.documents = 'join', "
+            "or choose other mixers",
+        )
+
+
 def examples_fit(data: DataSection) -> Iterator[Problem]:
     """An example of a task fills a window: pairs, or a mark and its answer."""
     lengths = [(f"data.stages[{i}].seq_len", stage.seq_len) for i, stage in enumerate(data.stages)]
@@ -200,6 +214,7 @@ DATA_CHECKS: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Problem]]], ...
     (("data", "train"), documents_stand_apart),
     (("data",), examples_fit),
     (("model", "data"), vocabulary_fits),
+    (("model", "data"), mixers_stand_apart),
     (("data",), synthetic_genome),
 )
 """As run.CHECKS: the sections that a check needs, in the order of its arguments, and the check."""

@@ -88,6 +88,8 @@ class H3(Mixer):
     Raises: ValueError if head_dim does not divide d_model.
     """
 
+    keeps_documents_apart = False
+
     rules = {"shift.B": ParameterRule(weight_decay=0.0, lr_most=LR_MOST)} | diagonal_rules("ssm")
 
     def __init__(self, config: H3Config, place: Place) -> None:

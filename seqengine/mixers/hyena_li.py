@@ -46,6 +46,8 @@ class HyenaLI(StripedOperator):
     State:  StripedState, N D + 3 (short_filter - 1) D numbers a sample; a token then costs O(N D).
     """
 
+    keeps_documents_apart = False
+
     rules = undecayed("p", "gamma", "log_poles", "residues", "short_weight", "skip")
 
     def __init__(self, config: HyenaLIConfig, place: Place) -> None:

@@ -71,6 +71,8 @@ class Mixer(nn.Module):
     """For `parallel.guard`: needs a context on a part of a sequence."""
     is_bidirectional: ClassVar[bool] = False
     """Whether it can do without causality."""
+    keeps_documents_apart: ClassVar[bool] = True
+    """Whether it can begin anew at the boundaries of packed documents, which its context then has."""
     is_bounded: ClassVar[bool] = False
     """Whether its filters end at `place.max_len` tokens."""
     rules: Mapping[str, ParameterRule] = {}

@@ -61,6 +61,8 @@ class DiagonalLayer(S4Layer):
     made tap by tap, 2 T D numbers: T taps for what came before and T - 1 for what follows.
     """
 
+    keeps_documents_apart = False
+
     is_bidirectional = True
     rules = diagonal_rules("ssm")
 

@@ -60,6 +60,8 @@ class SLstm(Mixer):
     State:  SLstmState, 4 D + (short_filter - 1) D numbers a sample; a token costs O(D^2 / H).
     """
 
+    keeps_documents_apart = False
+
     rules: Mapping[str, ParameterRule] = {
         "gate_bias": ParameterRule(weight_decay=0.0),
         "norm_weight": ParameterRule(weight_decay=0.0),

@@ -82,8 +82,8 @@ def _train(group: Any, loaded: Loaded, options: dict[str, Any]) -> tuple[float, 
 
     module.Trainer = Recording
     os.environ["LOCAL_RANK"] = str(group.rank())  # DeepSpeed asks for it
-    if loaded.config.parallel.backend == "deepspeed":
-        warnings.simplefilter("ignore")  # DeepSpeed's own, about torch's names and schedulers
+    if loaded.config.parallel.backend == "deepspeed" or loaded.config.compile.enable:
+        warnings.simplefilter("ignore")  # DeepSpeed's own, about torch's names and schedulers; the compiler's
     size = group.size()
     device = torch.device("cpu")
     groups, shards = mesh_shape(loaded.config, Processes(group.rank(), size, launched=True))

@@ -1,4 +1,4 @@
-"""The benchmarks of recurrences, attention and the loss refuse what is wrong and write what they found. Nothing is measured."""
+"""Benchmarks of recurrences, attention, the loss and recall refuse what is wrong, write what they found. No timing counts."""
 
 import json
 import sys
@@ -38,6 +38,13 @@ def loss():
     import loss
 
     return loss
+
+
+@pytest.fixture
+def synthetics():
+    import synthetics
+
+    return synthetics
 
 
 RECURRENT = ("gla", "simple_gla", "delta_rule", "slstm", "lstm", "gru", "elman")
@@ -222,3 +229,28 @@ def test_the_plain_loss_is_measured_at_a_shorter_length(loss, capsys):
     printed = capsys.readouterr().out
     assert "T      30 D 8 V 60 float32: ours vs plain" in printed
     assert "T      50 D 8 V 60 float32: plain skipped: measured up to T = 30" in printed
+
+
+def test_recall_is_learnt_and_written(synthetics, tmp_path, capsys):
+    short = ["--tasks", "recall", "--length", "8", "--vocab", "4", "--width", "16", "--batch", "32", "--steps", "400"]
+    assert synthetics.main(["--patterns", "h3,attention", *short, "--out", str(tmp_path)]) == 0
+    (found,) = json.loads((tmp_path / "synthetics.json").read_text())["results"]
+    assert found["accuracy"] > found["goal"] == 0.97
+    assert found["steps"] % 100 == 0
+    assert found["examples"] == 32 * found["steps"]
+    assert found["recipe"] == {"width": 16, "lr": 4e-3, "batch": 32, "steps": 400}
+    assert found["settings"] == {"h3": synthetics.SETTINGS["h3"]}
+    assert f"goal 97% after {found['steps']} steps" in capsys.readouterr().out
+
+
+def test_a_missed_goal_of_recall_fails_the_command(synthetics):
+    assert synthetics.main(["--patterns", "attention", "--tasks", "induction", "--steps", "1"]) == 0
+    assert synthetics.main(["--patterns", "hyena", "--tasks", "induction", "--steps", "1"]) == 1
+
+
+def test_models_of_recall_begin_with_unit_gain_and_their_own_filters(synthetics):
+    task = synthetics.RecallTask("recall")
+    model = synthetics.build(["hyena", "h3"], task, 32, 0)
+    for layer in (model.embedding, model.blocks[0].mixer.in_proj, model.blocks[1].mlp.fc2):
+        assert float(layer.weight.detach().std()) * layer.weight.shape[1] ** 0.5 == pytest.approx(1.0, rel=0.1)
+    assert float(model.blocks[0].mixer.filter.output.weight.detach().std()) == pytest.approx(0.02, rel=0.1)

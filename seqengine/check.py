@@ -9,6 +9,7 @@ from seqengine.data.source import Source, check_vocabulary, open_source
 from seqengine.errors import InputError
 from seqengine.model import LanguageModel
 from seqengine.optim import group_settings
+from seqengine.rundir import CheckpointTarget, RunDirectory
 from seqengine.stages import stages_of
 
 
@@ -65,6 +66,8 @@ def check_run(config: RunConfig) -> Summary:
     Raises InputError for all that `train` would refuse. Writes nothing but the packed genome in data.cache.
     """
     _check_compiler(config)
+    if config.train.init_from is not None and not RunDirectory(config.run_dir).checkpoints.is_dir():
+        CheckpointTarget.find(config.train.init_from)
     with torch.device("meta"):
         model = LanguageModel(config.model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}

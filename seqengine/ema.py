@@ -50,6 +50,12 @@ class Ema:
         wide = [_local(weight).to(average.dtype) for weight, average in zip(weights, averages, strict=True)]
         torch._foreach_lerp_(averages, wide, 1.0 - self.decay)
 
+    @torch.no_grad()
+    def restart(self, model: nn.Module) -> None:
+        """Begin anew from the model's present weights."""
+        for weight, average in zip(self._matched(model), self._averages.values(), strict=True):
+            _local(average).copy_(_local(weight))
+
     def tensors(self) -> dict[str, Tensor]:
         """The averages by "ema." and the name of the parameter: not copies, and DTensors where the parameters are."""
         return {f"{PREFIX}{name}": average for name, average in self._averages.items()}

@@ -1,26 +1,26 @@
 """Loss on validation windows, the same for every mesh."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
-from torch import Tensor
 
 from seqengine.backends.backend import arithmetic
 from seqengine.checkpoint.restore import restore_model
 from seqengine.config.run import RunConfig
+from seqengine.context_use import Part, by_context, by_position
 from seqengine.data.source import Source, Windows
 from seqengine.data.stream import read_windows, validation_indices
-from seqengine.feed import hide_tokens, most_windows, sample_keys
+from seqengine.feed import examples, most_windows, sample_keys
 from seqengine.metrics import bits
-from seqengine.model import LanguageModel
+from seqengine.model import LanguageModel, Objective
 from seqengine.parallel.context import SequenceContext
 from seqengine.parallel.layout import offsets, split_sizes
 from seqengine.parallel.mesh import Mesh
 from seqengine.rundir import CheckpointTarget
 
-Loss = Callable[..., tuple[Tensor, Tensor]]
-"""(ids, labels, ctx=...) -> sum of nats and the number of labels, as LanguageModel.loss."""
+Forward = Callable[..., Objective]
+"""LanguageModel.objective, or what does the same."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Evaluation:
     loss: float
     tokens: int
     windows: int
+    accuracy: float | None = None
+    """Of a model with classes: the share of windows whose class is the likeliest. Its tokens are windows."""
 
     @property
     def bits_per_token(self) -> float:
@@ -38,6 +40,8 @@ class Evaluation:
     def line(self, step: int, tokens: int) -> dict[str, object]:
         """As a line of metrics, at a step and after so many tokens of training."""
         figures = {**asdict(self), "evaluated_tokens": self.tokens, "tokens": tokens}
+        if self.accuracy is None:
+            del figures["accuracy"]
         return {"split": "valid", "step": step, "bits_per_token": self.bits_per_token, **figures}
 
 
@@ -48,6 +52,8 @@ class CheckpointEvaluation:
     checkpoint: str
     step: int
     evaluation: Evaluation
+    parts: dict[str, list[Part]] = field(default_factory=dict)
+    """By position and by context length, where asked for."""
 
     def as_dict(self) -> dict[str, object]:
         return {
@@ -55,14 +61,21 @@ class CheckpointEvaluation:
             "step": self.step,
             "bits_per_token": self.evaluation.bits_per_token,
             **asdict(self.evaluation),
+            **{name.replace(" ", "_"): [part.as_dict() for part in parts] for name, parts in self.parts.items()},
         }
 
     def describe(self) -> str:
         e = self.evaluation
-        return (
+        share = "" if e.accuracy is None else f", accuracy {e.accuracy:.2%}"
+        lines = [
             f"{self.checkpoint} (verified): loss {e.loss:.6f} nats, {e.bits_per_token:.6f} bits per token, "
-            f"{e.windows} validation windows, {e.tokens} tokens"
-        )
+            f"{e.windows} validation windows, {e.tokens} tokens{share}"
+        ] + [
+            f"{name:>12} {p.begin:>9,} to {p.end:>9,}  {p.bits_per_token:.5f} bits per token  ({p.tokens:,} tokens)"
+            for name, parts in self.parts.items()
+            for p in parts
+        ]
+        return "\n".join(lines)
 
 
 class Stopped(Exception):  # noqa: N818  not an error
@@ -81,29 +94,30 @@ def evaluate(
     mesh: Mesh,
     source: Source,
     *,
-    loss: Loss | None = None,
+    objective: Forward | None = None,
     stop: Callable[[], bool] = _go_on,
 ) -> Evaluation:
     """Mean loss over `eval.windows` windows, shared out over replicas and split over sequence ranks.
 
     Every rank must call. The sums are in float64, so two meshes agree to the rounding of the forward pass.
-    loss: in place of model.loss.   stop: asked before every micro-batch, on every rank equally often.
+    objective: in place of model.objective.   stop: asked before every micro-batch, on every rank equally often.
     Raises Stopped on every rank once `stop` is true on one.
     """
     was_training = model.training
     model.eval()
     try:
-        total, count, chosen = _sums(loss or model.loss, windows, config, mesh, source, stop)
+        sums, chosen = _sums(objective or model.objective, windows, config, mesh, source, stop)
     finally:
         model.train(was_training)
-    all_nats, all_tokens = mesh.sum(total, count)
-    return Evaluation(all_nats / max(1.0, all_tokens), int(all_tokens), chosen)
+    nats, tokens, correct = mesh.sum(*sums)
+    accuracy = correct / max(1.0, tokens) if config.model.num_classes else None
+    return Evaluation(nats / max(1.0, tokens), int(tokens), chosen, accuracy)
 
 
 def _sums(
-    loss: Loss, windows: Windows, config: RunConfig, mesh: Mesh, source: Source, stop: Callable[[], bool]
-) -> tuple[float, int, int]:
-    """This rank's nats and labels, and the number of windows over all ranks."""
+    objective: Forward, windows: Windows, config: RunConfig, mesh: Mesh, source: Source, stop: Callable[[], bool]
+) -> tuple[list[float], int]:
+    """This rank's nats, labels and labels told, and the number of windows over all ranks."""
     ctx = SequenceContext.even(mesh.sequence, windows.seq_len)
     begin, end = ctx.bounds[ctx.rank], ctx.bounds[ctx.rank + 1]
     chosen = validation_indices(len(windows), config.eval.windows)
@@ -111,7 +125,7 @@ def _sums(
     bounds = offsets(sizes)
     mine = chosen[bounds[mesh.replica] : bounds[mesh.replica + 1]]
     most = 1 if config.data.has_documents else most_windows(windows.seq_len, mesh)
-    total, count = 0.0, 0
+    sums = [0.0, 0.0, 0.0]
     for start in range(0, max(sizes), most):
         if stop():
             raise Stopped
@@ -120,19 +134,25 @@ def _sums(
             continue
         # A rank without windows of its own goes through the forward with the others, where they gather weights together.
         batch = read_windows(windows, some or chosen[:1], begin=begin, end=end)
-        part = ctx if batch.documents is None else ctx.with_documents(batch.documents)
-        ids, labels = batch.ids, batch.labels
-        if not config.model.causal:
-            ids, labels = hide_tokens(ids, sample_keys(config.run.seed, some or chosen[:1]), part, config, source)
+        keys = sample_keys(config.run.seed, some or chosen[:1])
+        ids, labels, options = examples(batch, keys, ctx, config, source, mesh.device)
         with arithmetic(config, mesh.device):
-            nats, tokens = loss(ids.to(mesh.device), labels.to(mesh.device), ctx=part)
-        total += float(nats.double()) if some else 0.0
-        count += int(tokens) if some else 0
-    return total, count, len(chosen)
+            found = objective(ids, labels, **options)
+        if some:
+            told = 0.0 if found.correct is None else float(found.correct)
+            sums = [a + b for a, b in zip(sums, (float(found.nats.double()), float(found.tokens), told), strict=True)]
+    return sums, len(chosen)
 
 
 def evaluate_checkpoint(
-    target: CheckpointTarget, config: RunConfig, source: Source, mesh: Mesh, *, averaged: bool = False
+    target: CheckpointTarget,
+    config: RunConfig,
+    source: Source,
+    mesh: Mesh,
+    *,
+    averaged: bool = False,
+    positions: bool = False,
+    contexts: bool = False,
 ) -> CheckpointEvaluation:
     """Verify and load a checkpoint on this mesh, whatever mesh wrote it, and evaluate it. Every rank must call.
 
@@ -141,4 +161,10 @@ def evaluate_checkpoint(
     model, loaded = restore_model(target, config, mesh, averaged=averaged)
     valid = source.windows(config.data.seq_len, ("valid",))["valid"]
     evaluation = evaluate(model, valid, config, mesh, source)
-    return CheckpointEvaluation(str(loaded.directory), loaded.record.progress.step, evaluation)
+    model.eval()
+    parts = {}
+    if positions:
+        parts["by position"] = by_position(model, valid, config, mesh)
+    if contexts:
+        parts["by context"] = by_context(model, valid, config, mesh)
+    return CheckpointEvaluation(str(loaded.directory), loaded.record.progress.step, evaluation, parts)

@@ -2,10 +2,13 @@
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
 from torch import Tensor
 
 from seqengine.backends.backend import Backend
+from seqengine.checkpoint.reading import TensorReader
+from seqengine.checkpoint.restore import find_checkpoint
 from seqengine.checkpoint.state import Progress, Record, restore_rng, rng_tensors
 from seqengine.checkpoint.store import CheckpointStore, Found
 from seqengine.config.run import RunConfig
@@ -13,9 +16,10 @@ from seqengine.data.stream import StreamState
 from seqengine.ema import Ema
 from seqengine.errors import InputError
 from seqengine.parallel.mesh import Mesh
-from seqengine.rundir import RunDirectory, mesh_record, versions
+from seqengine.rundir import CheckpointTarget, RunDirectory, mesh_record, versions
 from seqengine.spikes import SpikeDetector
 
+HEAD = "model.head."
 PREFIXES = ("model.", "optim.", "ema.")
 """Of tensors that a run must find in its checkpoint, and must not leave there."""
 
@@ -89,6 +93,33 @@ class Keeper:
             self.spikes.restore(record.extra["spikes"])
         self.saved_step = record.progress.step
         return found
+
+    def begin_from(self, source: Path) -> str:
+        """Fill the weights from another run or its checkpoint; moments and averages begin anew. Returns what was done.
+
+        Raises InputError if it is damaged, there is none, or it is not of this model but for its head.
+        """
+        target = CheckpointTarget.find(source)
+        directory = find_checkpoint(CheckpointStore(target.run.checkpoints, self.mesh), target).directory
+        there = TensorReader(directory).shapes
+        tensors = self.backend.tensors()
+        mine = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+        fits = {name: tensor for name, tensor in mine.items() if there.get(name) == tensor.shape}
+        theirs = {name for name in there if name.startswith("model.")}
+        others = sorted(name for name in (mine.keys() ^ theirs) | (mine.keys() - fits.keys()) if name not in fits)
+        if self.backend.deals_out:
+            others = [name for name in others if name in mine]
+        wrong = [name for name in others if not name.startswith(HEAD)]
+        if wrong:
+            raise InputError(
+                f"train.init_from: {directory} must be of the same [model] but for its head; it differs in "
+                f"{', '.join(wrong[:4])}{' and more' if len(wrong) > 4 else ''}."
+            )
+        self.store.load(directory, fits, prefixes=())
+        self.backend.loaded(tensors)
+        if self.ema is not None:
+            self.ema.restart(self.backend.model)
+        return f"begins with the weights of {directory}" + (f", without {', '.join(others)}" if others else "")
 
     def _tensors(self, *, with_rng: bool) -> dict[str, Tensor]:
         tensors = self.backend.tensors()

@@ -27,7 +27,7 @@ RESIDUAL_WEIGHTS = ("out_proj.weight", "fc2.weight", "down.weight")
 
 
 class Objective(NamedTuple):
-    """What a step minimises, this rank's part; all three add up over ranks."""
+    """What a step minimises, this rank's part; all add up over ranks."""
 
     loss: Tensor
     """nats, and the z-loss; differentiable."""
@@ -35,6 +35,8 @@ class Objective(NamedTuple):
     """The sum of nats alone, without a gradient: for the log."""
     tokens: Tensor
     """What it is summed over, int64."""
+    correct: Tensor | None = None
+    """Of classes: how many are told, int64."""
 
 
 class LanguageModel(nn.Module):
@@ -191,18 +193,20 @@ class LanguageModel(nn.Module):
     def _objective(
         self, hidden: Tensor, labels: Tensor, ctx: SequenceContext, mask: Tensor | None, z_loss: float
     ) -> Objective:
+        correct = None
         if self.config.num_classes:
             logits = self._class_logits(hidden, mask, ctx)
             mine = labels[rows_of(labels.shape[0], ctx)]
             counted = mine != -100
             nats, tokens = F.cross_entropy(logits, mine, reduction="sum"), counted.sum()
             squares = torch.where(counted, torch.logsumexp(logits, dim=-1), 0).square().sum() if z_loss else None
+            correct = (logits.argmax(dim=-1) == mine).sum()
         elif z_loss:
             nats, tokens, squares = kernels.linear_cross_entropy(hidden, self.head_weight, labels, output_squares=True)
         else:
             nats, tokens = kernels.linear_cross_entropy(hidden, self.head_weight, labels)
             squares = None
-        return Objective(nats if squares is None else nats + z_loss * squares, nats.detach(), tokens)
+        return Objective(nats if squares is None else nats + z_loss * squares, nats.detach(), tokens, correct)
 
     def _class_logits(self, hidden: Tensor, mask: Tensor | None, ctx: SequenceContext) -> Tensor:
         """[b, num_classes] of the sequences `rows_of(B, ctx)`."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from seqengine.checkpoint.state import model_tensors, optimizer_tensors
 from seqengine.config.run import RunConfig
-from seqengine.model import LanguageModel
+from seqengine.model import LanguageModel, Objective
 from seqengine.optim import build_optimizer, clip_gradients, set_learning_rate
 from seqengine.parallel import sharding
 from seqengine.parallel.mesh import Mesh, reduce_gradients
@@ -71,9 +71,9 @@ class Backend:
             self.optimizers.step()
         return norm
 
-    def loss(self, ids: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        """LanguageModel.loss, for evaluation."""
-        return self.model.loss(ids, labels, **options)
+    def objective(self, ids: Tensor, labels: Tensor, **options: Any) -> Objective:
+        """LanguageModel.objective, for evaluation."""
+        return self.model.objective(ids, labels, **options)
 
     @property
     def rate(self) -> float:

@@ -59,9 +59,9 @@ class Zero(Backend):
         norm = self._engine.get_global_grad_norm()
         return math.inf if norm is None else float(norm)
 
-    def loss(self, ids: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    def objective(self, ids: Tensor, labels: Tensor, **options: Any) -> Objective:
         result: Objective = self._engine(ids, labels, **options)
-        return result.nats, result.tokens
+        return result
 
     def tensors(self) -> dict[str, Tensor]:
         """Whole weights and moments on the CPU, each on one rank of P."""

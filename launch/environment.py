@@ -93,6 +93,17 @@ def _tasks_per_node() -> list[int]:
     return tasks
 
 
+def read_life(processes: Processes) -> str | None:
+    """The name of this life of the job, if torchrun keeps one store for all its lives; None if each meets in its own.
+
+    That store still holds the addresses of dead workers. On several machines torchrun counts lives on each by itself: there
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives every life a store of its own.
+    """
+    is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_one_machine = processes.world_size == processes.local_world_size
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT") if is_shared and is_one_machine else None
+
+
 def prepare_rendezvous(processes: Processes) -> None:
     """Name the place where processes meet, MASTER_ADDR and MASTER_PORT, where srun started them and nobody has named it.
 

@@ -15,6 +15,7 @@ from seqengine.launch.environment import (
     available_cores,
     prepare_deterministic_cuda,
     prepare_rendezvous,
+    read_life,
 )
 from seqengine.parallel.mesh import Mesh, start_processes, stop_processes
 
@@ -118,7 +119,8 @@ def mesh_of(config: RunConfig, processes: Processes) -> Iterator[Mesh]:
         yield Mesh.single(device)
         return
     prepare_rendezvous(processes)
-    start_processes(processes.rank, processes.world_size, device, config.comm.init_timeout)
+    life = read_life(processes)
+    start_processes(processes.rank, processes.world_size, device, config.comm.init_timeout, life=life)
     try:
         node = ranks_per_node(config, processes)
         yield Mesh.create(groups, config.parallel.sequence, device, num_shards=shards, ranks_per_node=node)

@@ -13,7 +13,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from seqengine.parallel import comm
 from seqengine.parallel.ledger import Ledger
@@ -186,12 +188,22 @@ def _check_nodes(world: int, sequence_size: int, ranks_per_node: int) -> None:
         )
 
 
-def start_processes(rank: int, world_size: int, device: torch.device, timeout_seconds: float) -> None:
-    """Join the processes that a launcher started (rendezvous from its environment): gloo on CPUs, NCCL on GPUs."""
+def start_processes(
+    rank: int, world_size: int, device: torch.device, timeout_seconds: float, *, life: str | None = None
+) -> None:
+    """Join the processes that a launcher started (rendezvous from its environment): gloo on CPUs, NCCL on GPUs.
+
+    life: keeps what is said in a store that outlives the processes apart from what earlier ones said there.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    store: Store | None = None
+    if life is not None:
+        shared, _, _ = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=timeout_seconds)))
+        store = PrefixStore(f"life-{life}", shared)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout_seconds),

@@ -7,9 +7,11 @@ import torch
 from seqengine.config.run import RunConfig
 from seqengine.data.source import Source, check_vocabulary, open_source
 from seqengine.errors import InputError
+from seqengine.metrics import read_metrics
 from seqengine.model import LanguageModel
 from seqengine.optim import group_settings
 from seqengine.rundir import CheckpointTarget, RunDirectory
+from seqengine.sinks import check_sinks
 from seqengine.stages import stages_of
 
 
@@ -60,16 +62,31 @@ def _check_compiler(config: RunConfig) -> None:
         )
 
 
+def _shapes_of(config: RunConfig) -> LanguageModel:
+    """The model without memory. Raises InputError for sizes that do not go together, or are too large for any machine."""
+    try:
+        with torch.device("meta"):
+            return LanguageModel(config.model)
+    except InputError:
+        raise
+    except (ValueError, TypeError, RuntimeError) as error:  # of a mixer; of torch, for sizes that overflow
+        what = str(error).splitlines()[0]
+        raise InputError(
+            f"model: must be of sizes that go together; got: {what}. Change them under [model]."
+        ) from error
+
+
 def check_run(config: RunConfig) -> Summary:
     """Build the model without memory, group its parameters, pack the data if there are any, count the windows.
 
     Raises InputError for all that `train` would refuse. Writes nothing but the packed genome in data.cache.
     """
     _check_compiler(config)
+    check_sinks(config.log)
+    read_metrics(config.run_dir)
     if config.train.init_from is not None and not RunDirectory(config.run_dir).checkpoints.is_dir():
         CheckpointTarget.find(config.train.init_from)
-    with torch.device("meta"):
-        model = LanguageModel(config.model)
+    model = _shapes_of(config)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     settings = group_settings(sizes, config.optim, model.rules)
     decayed = sum(size for name, size in sizes.items() if settings[name][0] > 0)

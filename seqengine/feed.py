@@ -8,13 +8,14 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import count, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from seqengine.config.run import RunConfig
-from seqengine.data.masking import mask_tokens
+from seqengine.data.contract import Batch
+from seqengine.data.masking import IGNORE, mask_tokens
 from seqengine.data.prefetch import Reader, Request
 from seqengine.data.source import Source, Windows
 from seqengine.data.stream import Stream
@@ -33,9 +34,9 @@ class MicroBatch(NamedTuple):
     ids: Tensor
     """[rows, tokens] int64."""
     labels: Tensor
-    keys: Tensor
-    """[rows] int64: a number for each sample, for what is random in it."""
-    ctx: SequenceContext
+    """[rows, tokens], or of classes [rows]."""
+    options: dict[str, Any]
+    """Of LanguageModel.objective: ctx, mask, dropout_keys."""
 
 
 class Feed:
@@ -74,16 +75,14 @@ class Feed:
 
         asked = requests()
         for batch, request in zip(self._reader.batches(requests()), asked, strict=False):
-            ctx = self.ctx if batch.documents is None else self.ctx.with_documents(batch.documents)
             keys = sample_keys(self.stage.seed, range(request.first, request.first + request.rows))
-            ids, labels = batch.ids, batch.labels
-            if not self.config.model.causal:
-                ids, labels = hide_tokens(ids, keys, ctx, self.config, self.source)
-            device = self.mesh.device
-            yield MicroBatch(ids.to(device), labels.to(device), keys.to(device), ctx)
+            ids, labels, options = examples(batch, keys, self.ctx, self.config, self.source, self.mesh.device)
+            yield MicroBatch(ids, labels, {**options, "dropout_keys": keys.to(self.mesh.device)})
 
     def num_labels(self, batches: list[MicroBatch]) -> float:
         """Labels of a step over all ranks. Every rank must call."""
+        if self.config.model.num_classes:
+            return float(self.stage.windows_per_step)
         if every_token_counts(self.config):
             return float(self.stage.windows_per_step * self.stage.seq_len)
         return max(1.0, self.mesh.sum(float(sum(int((b.labels != -100).sum()) for b in batches)))[0])
@@ -117,15 +116,40 @@ def sample_keys(seed: int, samples: Iterable[int]) -> Tensor:
     return torch.tensor([signed(mix(seed, sample)) for sample in samples])
 
 
-def hide_tokens(
-    ids: Tensor, keys: Tensor, ctx: SequenceContext, config: RunConfig, source: Source
+def examples(
+    batch: Batch, keys: Tensor, ctx: SequenceContext, config: RunConfig, source: Source, device: torch.device
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """What the model reads and is to tell of a batch: ids, labels, and ctx and mask for LanguageModel.objective.
+
+    The next token, or tokens that are hidden (model.causal = false), or the class of each sequence (model.num_classes).
+    """
+    part = ctx if batch.documents is None else ctx.with_documents(batch.documents)
+    ids, labels = batch.ids, batch.labels
+    options: dict[str, Any] = {"ctx": part}
+    if config.model.num_classes:
+        assert batch.classes is not None, "the config's checks refuse data without classes"
+        labels = batch.classes
+        if batch.lengths is not None:
+            options["mask"] = (part.positions()[None] < batch.lengths[:, None]).to(device)
+    elif not config.model.causal:
+        ids, labels = _hide_tokens(batch, keys, part, config, source)
+    return ids.to(device), labels.to(device), options
+
+
+def _hide_tokens(
+    batch: Batch, keys: Tensor, ctx: SequenceContext, config: RunConfig, source: Source
 ) -> tuple[Tensor, Tensor]:
-    """Inputs with some tokens masked, and their labels."""
+    """Inputs with some tokens masked, and their labels; padding stays, and is not to be told."""
     assert source.mask_id is not None, "check_source refuses sources without a mask"
     assert source.replacements is not None
-    return mask_tokens(
-        ids, keys, ctx.positions(), config.train.mask_rate, mask_id=source.mask_id, replacements=source.replacements
+    positions = ctx.positions()
+    ids, labels = mask_tokens(
+        batch.ids, keys, positions, config.train.mask_rate, mask_id=source.mask_id, replacements=source.replacements
     )
+    if batch.lengths is None:
+        return ids, labels
+    is_text = positions[None] < batch.lengths[:, None]
+    return torch.where(is_text, ids, batch.ids), torch.where(is_text, labels, IGNORE)
 
 
 def signed(word: int) -> int:
@@ -134,20 +158,31 @@ def signed(word: int) -> int:
 
 
 class SampleLog:
-    """RUN/samples/rank-R.jsonl: which samples this rank read, a line a step. Opened at a step, it drops the lines after it."""
+    """RUN/samples/rank-R.jsonl: which samples this rank read, a line a step. Opened at a step, it drops the lines after it.
 
-    def __init__(self, run_dir: Path, rank: int, *, step: int) -> None:
+    num_ranks: rank 0 drops them also from the files of ranks that an earlier life had and this one has not.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, *, step: int, num_ranks: int = 1) -> None:
         self._path = run_dir / "samples" / f"rank-{rank}.jsonl"
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            for path in self._path.parent.glob("rank-*.jsonl"):
+                if int(path.stem.removeprefix("rank-")) >= num_ranks:
+                    self._drop_after(path, step)
         self._open(step)
 
     def _open(self, step: int) -> None:
-        old = self._path.read_text().splitlines() if self._path.is_file() else []
-        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= step]
-        aside = self._path.with_suffix(".tmp")
-        aside.write_text("".join(line + "\n" for line in kept))
-        aside.replace(self._path)
+        self._drop_after(self._path, step)
         self._file = self._path.open("a", buffering=1)
+
+    @staticmethod
+    def _drop_after(path: Path, step: int) -> None:
+        old = path.read_text().splitlines() if path.is_file() else []
+        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= step]
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(line + "\n" for line in kept))
+        aside.replace(path)
 
     def rewind(self, step: int) -> None:
         """Drop the lines after `step`: the run went back to it."""

@@ -1,25 +1,30 @@
-"""Metrics of a run: RUN/metrics.jsonl always, a progress bar or plain lines, TensorBoard where asked for.
+"""Metrics of a run: RUN/metrics.jsonl always, a progress bar or plain lines, TensorBoard and W&B where asked for.
 
 A training line has: step, tokens, loss (nats per token over all ranks' tokens), bits_per_token, lr, grad_norm,
-tokens_per_second, peak_memory_bytes (of the rank with the most), seconds (of training so far, over all lives of the run).
-An evaluation line has "split": "valid", step, tokens, loss, bits_per_token, windows.
+tokens_per_second, peak_memory_bytes (of the rank with the most), seconds (of training so far, over all lives of the run); and
+mfu where the peak of the devices is known. An evaluation line has "split": "valid", step, tokens, loss, bits_per_token,
+windows.
+RUN/events.jsonl has a line for every start of the run, and for what goes wrong: event, step, time.
 """
 
 import json
 import math
 import resource
 import sys
+import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from seqengine.errors import InputError
+from seqengine.sinks import Events, Line, PlainLines, ProgressBar, Sink, TensorBoard, Wandb, WandbRun, describe
+
+__all__ = [
+    "FILE", "JsonLines", "Line", "Metrics", "bits", "describe", "peak_memory_bytes", "read_events", "read_metrics",
+]  # fmt: skip
 
 FILE = "metrics.jsonl"
-Line = dict[str, Any]
 
 
 def bits(nats: float) -> float:
@@ -35,8 +40,25 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def read_metrics(run_dir: Path) -> list[Line]:
-    """Every line of a run, in order; empty if it has none yet. A last line cut short by a crash is left out."""
-    path = run_dir / FILE
+    """Every line of a run, in order; empty if it has none yet. A last line cut short by a crash is left out.
+
+    Raises InputError for a line that no run wrote.
+    """
+    lines = _read_lines(run_dir / FILE)
+    for number, line in enumerate(lines, start=1):
+        if not isinstance(line, dict) or type(line.get("step")) is not int:
+            raise InputError(
+                f"{run_dir / FILE}:{number}: must be a line of metrics, with its step; got {line}. Delete it."
+            )
+    return lines
+
+
+def read_events(run_dir: Path) -> list[Line]:
+    """Every start, rewind and spike of a run, in order; empty if nothing was written."""
+    return _read_lines(run_dir / Events.FILE)
+
+
+def _read_lines(path: Path) -> list[Line]:
     lines: list[Line] = []
     for text in path.read_text().splitlines() if path.is_file() else []:
         try:
@@ -44,14 +66,6 @@ def read_metrics(run_dir: Path) -> list[Line]:
         except json.JSONDecodeError:
             break
     return lines
-
-
-class Sink(Protocol):
-    """Takes lines as they come."""
-
-    def write(self, line: Line) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class JsonLines:
@@ -87,103 +101,43 @@ class JsonLines:
         self._file.close()
 
 
-class PlainLines:
-    """One line of key=value on standard output: for pipes and logs of batch jobs."""
-
-    def __init__(self, total_steps: int) -> None:
-        self._total = total_steps
-
-    def write(self, line: Line) -> None:
-        print(describe(line, self._total), flush=True)
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
-class ProgressBar:
-    """A bar on a terminal; evaluation lines are printed above it."""
-
-    def __init__(self, total_steps: int, step: int) -> None:
-        self._total = total_steps
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=Console(),
-        )
-        self._task: TaskID = self._bar.add_task("training", total=total_steps, completed=step, figures="")
-        self._bar.start()
-
-    def write(self, line: Line) -> None:
-        if "split" in line:
-            self._bar.console.print(describe(line, self._total), highlight=False)
-            return
-        figures = f"{line['bits_per_token']:.4f} bits  {line['tokens_per_second']:,.0f} tok/s  lr {line['lr']:.1e}"
-        self._bar.update(self._task, completed=line["step"], figures=figures)
-
-    def close(self) -> None:
-        self._bar.stop()
-
-
-class TensorBoard:
-    """Event files in RUN/tensorboard."""
-
-    def __init__(self, run_dir: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise InputError(
-                "log.tensorboard: TensorBoard is not installed; pip install 'seqengine-train[tensorboard]', or leave it false."
-            ) from error
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
-
-    def write(self, line: Line) -> None:
-        prefix = line.get("split", "train")
-        for key, value in line.items():
-            if key not in ("step", "split"):
-                self._writer.add_scalar(f"{prefix}/{key}", value, line["step"])
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def describe(line: Line, total_steps: int) -> str:
-    """A line of metrics for people."""
-    head = f"step {line['step']:>{len(str(total_steps))}}/{total_steps}"
-    loss = f"loss {line['loss']:.5f} nats  {line['bits_per_token']:.5f} bits/token"
-    if "split" in line:
-        return f"{head}  {line['split']} {loss}  ({line['windows']} windows)"
-    memory = line["peak_memory_bytes"] / 2**30
-    return (
-        f"{head}  {loss}  lr {line['lr']:.2e}  grad {line['grad_norm']:.3f}  "
-        f"{line['tokens_per_second']:,.0f} tok/s  {memory:.2f} GiB"
-    )
-
-
 class Metrics:
     """All sinks of the rank that writes; none on the others."""
 
-    def __init__(self, sinks: list[Sink]) -> None:
-        self._sinks = sinks
+    def __init__(self, sinks: list[Sink], events: Events | None = None) -> None:
+        self._sinks, self._events = sinks, events
 
     @classmethod
-    def open(cls, run_dir: Path, *, total_steps: int, step: int, tensorboard: bool) -> "Metrics":
+    def open(
+        cls, run_dir: Path, *, total_steps: int, step: int, tensorboard: bool = False, wandb: WandbRun | None = None
+    ) -> "Metrics":
+        """Of a run that goes on from `step`. Raises InputError if TensorBoard or W&B is asked for and not installed."""
+        others: list[Sink] = [TensorBoard(run_dir, step=step)] if tensorboard else []
+        if wandb is not None:
+            others.append(Wandb(run_dir, wandb, step=step))
         console: Sink = ProgressBar(total_steps, step) if sys.stdout.isatty() else PlainLines(total_steps)
         lines = JsonLines(run_dir, step=step, total_steps=total_steps)
-        return cls([lines, console, *([TensorBoard(run_dir)] if tensorboard else [])])
+        metrics = cls([lines, console, *others], Events(run_dir))
+        metrics.event("start", step, total_steps=total_steps)
+        return metrics
 
     def write(self, line: Line) -> None:
         for sink in self._sinks:
             sink.write(line)
 
+    def event(self, kind: str, step: int, **details: Any) -> None:
+        """Of this kind, at a step, now: "start", "rewind", "spike"."""
+        if self._events is not None:
+            self._events.write({"event": kind, "step": step, "time": time.time(), **details})
+
     def rewind(self, step: int) -> None:
         """The run went back to `step`, and will write the lines after it again."""
+        self.event("rewind", step)
         for sink in self._sinks:
-            if isinstance(sink, JsonLines):
-                sink.rewind(step)
+            sink.rewind(step)
 
     def close(self) -> None:
         for sink in self._sinks:
             sink.close()
+        if self._events is not None:
+            self._events.close()

@@ -11,10 +11,14 @@ import pydantic
 import torch
 
 import seqengine
+from seqengine.checkpoint.manifest import sync
 from seqengine.config.load import Loaded, load
+from seqengine.config.run import RunConfig
+from seqengine.config.values import Section
 from seqengine.config.write import changed, dump
 from seqengine.errors import InputError
 from seqengine.parallel.mesh import Mesh
+from seqengine.runfiles import check_place
 
 CONFIG, ENVIRONMENT, CHECKPOINTS = "config.toml", "environment.json", "ckpt"
 MAY_CHANGE = ("run.dir", "run.name", "run.device", "train.steps", "train.tokens", "train.micro_batch", "train.nonfinite",
@@ -46,8 +50,24 @@ class RunDirectory:
         return load(file, overrides, need_data=need_data)
 
     def check_resumable(self, loaded: Loaded, allow: tuple[str, ...] = ()) -> None:
-        """Raises InputError naming every key that must not change between two lives of a run."""
-        if not (self.path / CONFIG).is_file() or not self.checkpoints.is_dir():
+        """Raises InputError naming every key that must not change between two lives of a run, and what else is in its way.
+
+        allow: keys and sections that may change all the same.
+        """
+        check_place(self.path)
+        unknown = [key for key in allow if not _is_key(loaded.config, key)]
+        if unknown:
+            raise InputError(
+                *(f"--allow-change {key}: must be a key or a section of the config; it is none." for key in unknown)
+            )
+        if not self.checkpoints.is_dir():
+            return
+        if not (self.path / CONFIG).is_file():
+            if any(self.checkpoints.glob("step-*")):
+                raise InputError(
+                    f"{self.path}: has checkpoints, and must have the {CONFIG} that says of what; there is none. Restore it, "
+                    "or start another run (run.dir=...)."
+                )
             return
         before = load(self.path / CONFIG, need_data=False).config
         permitted = (*MAY_CHANGE, *allow)
@@ -61,11 +81,16 @@ class RunDirectory:
             raise InputError(*problems)
 
     def write(self, loaded: Loaded, data_hash: str, mesh: dict[str, int | str]) -> None:
-        """Make the directory; write the config and what it runs with."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / CONFIG).write_text(dump(loaded))
+        """Make the directory; write the config and what it runs with. Raises InputError if the disk does not let it."""
         record = {"versions": versions(), "platform": platform.platform(), "mesh": mesh, "data_hash": data_hash}
-        (self.path / ENVIRONMENT).write_text(json.dumps({**record, "command": sys.argv}, indent=2) + "\n")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write_whole(self.path / CONFIG, dump(loaded))
+            _write_whole(self.path / ENVIRONMENT, json.dumps({**record, "command": sys.argv}, indent=2) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"run.dir: {self.path} cannot be written: {error.strerror or error}. Make room, or set run.dir to another one."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -85,6 +110,24 @@ class CheckpointTarget:
         raise InputError(
             f"{path}: must be a run's directory (with a {CONFIG}) or a checkpoint (RUN/{CHECKPOINTS}/step-N)."
         )
+
+
+def _is_key(config: RunConfig, name: str) -> bool:
+    """Whether a dotted name is a key or a section."""
+    here: object = config
+    for part in name.split("."):
+        if not isinstance(here, Section) or part not in type(here).model_fields:
+            return False
+        here = getattr(here, part)
+    return True
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Whoever reads the file, a later life too, finds the old text or the new one, whenever this process dies."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text)
+    sync(aside)
+    aside.replace(path)
 
 
 def mesh_record(mesh: Mesh, backend: str) -> dict[str, int | str]:

@@ -20,9 +20,10 @@ from seqengine.data.source import Source
 from seqengine.data.stream import StreamState
 from seqengine.ema import Ema
 from seqengine.evaluate import Evaluation, Stopped, evaluate
-from seqengine.feed import Feed, SampleLog, micro_batch_rows
+from seqengine.feed import Feed, SampleLog
+from seqengine.flops import Utilisation, peak_flops
 from seqengine.keeper import Keeper
-from seqengine.memory import available_bytes, check_memory, step_memory
+from seqengine.memory import check_stages
 from seqengine.metrics import Metrics, bits, peak_memory_bytes
 from seqengine.model import build_model
 from seqengine.nonfinite import layer_norms, write_report
@@ -30,9 +31,11 @@ from seqengine.optim import learning_rate
 from seqengine.parallel.guard import agree, guard_sequence_mixers
 from seqengine.parallel.mesh import Mesh
 from seqengine.preemption import StopRequest
+from seqengine.profiling import Profiler
 from seqengine.rundir import RunDirectory, mesh_record
+from seqengine.sinks import WandbRun
 from seqengine.spikes import SpikeDetector
-from seqengine.stages import Stage, stage_at, stages_of
+from seqengine.stages import stage_at, stages_of
 from seqengine.watchdog import Watchdog
 
 MOST_REWINDS = 3
@@ -88,11 +91,15 @@ class Trainer:
         self.watchdog = Watchdog(
             self.run.path, mesh.rank, timeout_seconds=config.comm.step_timeout or None, num_ranks=mesh.size
         )
+        self.profiler = Profiler(config.log, self.run.path, mesh.rank, mesh.device)
+        peak = peak_flops(mesh.device, config.precision.params, tflops=config.log.peak_tflops)
+        self._mfu = Utilisation(config.model, mesh.size, peak)
         self.progress = Progress()
         self.feed: Feed | None = None
         self._rewinds = 0
 
     def save(self) -> None:
+        self._rewinds = 0
         self.watchdog.beat(self.progress.step, "save")
         self.keeper.save(self.progress, self._feed().stream.state(self.progress.samples))
 
@@ -109,20 +116,10 @@ class Trainer:
         self.say(f"resumed at step {self.progress.step} from {found.directory} ({how})")
         return True
 
-    def check_memory(self) -> None:
-        """Raises InputError on every rank if a later stage cannot fit, before the first step of the first."""
-        available = available_bytes(self.mesh.device)
-        if len(self.stages) == 1 or available is None:
-            return
-        needs = {s: step_memory(self.config, s, self.meshes[s.sequence], self._micro_rows(s)) for s in self.stages}
-        on_cpu = self.mesh.device.type == "cpu"
-        here = (self.mesh.ranks_per_node or self.mesh.size) if on_cpu else 1
-        least = -self.mesh.max(-float(available))
-        check_memory(needs, int(least), here)
-
-    def _micro_rows(self, stage: Stage) -> int:
-        mesh = self.meshes[stage.sequence]
-        return micro_batch_rows(stage.windows_per_step // mesh.num_replicas, stage, self.config, mesh)
+    def begin(self) -> None:
+        """A new run: its own initial weights, or those of another run."""
+        if self.config.train.init_from is not None:
+            self.say(self.keeper.begin_from(self.config.train.init_from))
 
     def train(self, metrics: Metrics) -> Evaluation:
         """All steps that are left, then the last evaluation and checkpoint. Raises Preempted after a good save."""
@@ -171,15 +168,15 @@ class Trainer:
         feed = self._feed()
         stage = feed.stage
         self.watchdog.beat(progress.step, "train")
+        self.profiler.step(progress.step + 1)
         batches = feed.step(progress.samples)
         labels = feed.num_labels(batches)
         self.backend.set_rate(learning_rate(progress.tokens, config.total_tokens, config.optim.lr, config.schedule))
         self.backend.begin()
         parts = []
         for i, batch in enumerate(batches):
-            options = {"ctx": batch.ctx, "dropout_keys": batch.keys}
             last = i == len(batches) - 1
-            parts.append(self.backend.accumulate(batch.ids, batch.labels, labels, last=last, **options))
+            parts.append(self.backend.accumulate(batch.ids, batch.labels, labels, last=last, **batch.options))
         self.backend.finish()
         nats, due, stop = self.mesh.sum(
             float(torch.stack(parts).double().sum()),
@@ -244,6 +241,7 @@ class Trainer:
             return False
         step = self.progress.step
         self.say(f"loss spike at step {step}: {result.loss:.5f} nats per token")
+        metrics.event("spike", step, loss=result.loss)
         if mode == "log":
             return False
         self._rewinds += 1
@@ -273,7 +271,7 @@ class Trainer:
         def run(split: str) -> Evaluation:
             found = evaluate(
                 self.model, self.valid, self.config, self.meshes[stage.sequence], self.source,
-                loss=self.backend.loss, stop=stop,
+                objective=self.backend.objective, stop=stop,
             )  # fmt: skip
             metrics.write(found.line(self.progress.step, self.progress.tokens) | {"split": split})
             return found
@@ -297,6 +295,7 @@ class Trainer:
                 "tokens_per_second": tokens_per_second,
                 "peak_memory_bytes": memory,
                 "seconds": self.progress.seconds,
+                **self._mfu.figures(tokens_per_second, self._feed().stage.seq_len),
             }
         )
 
@@ -311,6 +310,7 @@ class Trainer:
             self.feed.close()
         if self.samples_log is not None:
             self.samples_log.close()
+        self.profiler.close()
         self.watchdog.close()
         self.keeper.close()
         self.backend.close()
@@ -329,8 +329,9 @@ def train(loaded: Loaded, source: Source, mesh: Mesh, *, allow_changes: tuple[st
         metrics = Metrics([])
         try:
             run.check_resumable(loaded, allow_changes)
-            trainer.resume()
-            trainer.check_memory()
+            if not trainer.resume():
+                trainer.begin()
+            check_stages(config, trainer.meshes, mesh)
             if mesh.rank == 0:
                 run.write(loaded, source.content_hash, mesh_record(mesh, config.parallel.backend))
                 keep_tokenizer(source, run.path)
@@ -339,9 +340,15 @@ def train(loaded: Loaded, source: Source, mesh: Mesh, *, allow_changes: tuple[st
             if step >= total:
                 trainer.say(f"the run is complete at step {step}; raise train.steps or train.tokens to go on")
             if mesh.rank == 0:
-                metrics = Metrics.open(run.path, total_steps=total, step=step, tensorboard=config.log.tensorboard)
+                metrics = Metrics.open(
+                    run.path,
+                    total_steps=total,
+                    step=step,
+                    tensorboard=config.log.tensorboard,
+                    wandb=WandbRun.of(config),
+                )
             if config.log.samples:
-                trainer.samples_log = SampleLog(run.path, mesh.rank, step=step)
+                trainer.samples_log = SampleLog(run.path, mesh.rank, step=step, num_ranks=mesh.size)
             trainer.watchdog.start()
             return trainer.train(metrics)
         finally:

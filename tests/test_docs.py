@@ -2,9 +2,18 @@
 
 import re
 import runpy
+import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+
+from seqengine import runfiles
+from seqengine.checkpoint.manifest import MANIFEST
+from seqengine.checkpoint.state import FORMAT, RECORD, Progress, Record
+from seqengine.config.load import load
+from seqengine.config.write import dump
+from seqengine.launch.cli import _parse
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,6 +45,41 @@ def test_code_on_the_page_runs(name, blocks):
     namespace: dict[str, object] = {}
     for block in found:
         exec(compile(block, name, "exec"), namespace)
+
+
+def blocks(name: str, kind: str) -> list[str]:
+    """What stands between ``` and ``` on a page; kind: the word behind the first."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "docs" / name).read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [text for word, text in found if word == kind]
+
+
+@pytest.mark.parametrize("block", blocks("training.md", "toml"))
+def test_configs_on_the_training_page_are_valid(tmp_path, block):
+    file = tmp_path / "run.toml"
+    file.write_text(block)
+    loaded = load(file, need_data=False)
+    (tmp_path / "again.toml").write_text(dump(loaded))
+    assert load(tmp_path / "again.toml", need_data=False).config == loaded.config
+
+
+def test_commands_on_the_training_page_are_commands(tmp_path):
+    page = "".join(blocks("training.md", ""))
+    found = [shlex.split(line, comments=True) for line in page.splitlines()]
+    commands = [words[words.index("seqengine") + 1 :] for words in found if "seqengine" in words]
+    assert len(commands) >= 12
+    (tmp_path / "my.toml").write_text(blocks("training.md", "toml")[0])
+    for words in commands:
+        arguments = _parse(words)
+        if words[0] in ("train", "check"):
+            load(tmp_path / words[1], arguments.overrides, need_data=False)
+
+
+def test_files_of_a_checkpoint_are_those_on_the_page():
+    page = (ROOT / "docs" / "formats.md").read_text()
+    record = asdict(Record(Progress(), {"seed": 1, "epoch": 0, "samples": 0}, {}, ""))
+    for name in (*record, *record["progress"], *record["stream"], RECORD, MANIFEST, *runfiles.FOLDERS, *runfiles.FILES):
+        assert f"`{name}`" in page or f"`{name}/" in page or name in page.split("## Checkpoints")[1], name
+    assert f"| `format` | {FORMAT}." in page
 
 
 def test_the_bytes_on_the_parallel_page_are_those_it_prints(capsys):

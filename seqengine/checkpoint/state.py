@@ -69,9 +69,20 @@ class Record:
                 "Use the version of seqengine that wrote it."
             )
         try:
-            return cls(**{**raw, "progress": Progress(**raw["progress"])})
+            record = cls(**{**raw, "progress": Progress(**raw["progress"])})
         except (KeyError, TypeError) as error:
             raise InputError(f"{file}: must be the record of a checkpoint: {error}.") from None
+        wrong = record._wrong_values()
+        if wrong:
+            raise InputError(f"{file}: must be the record of a checkpoint: {', '.join(wrong)} of another type.")
+        return record
+
+    def _wrong_values(self) -> list[str]:
+        """Names of what has a type that was never saved."""
+        numbers = vars(self.progress)
+        wrong = [k for k, v in numbers.items() if type(v) not in ((int, float) if k == "seconds" else (int,)) or v < 0]
+        kinds = {"stream": dict, "mesh": dict, "data_hash": str, "versions": dict, "extra": dict}
+        return wrong + [name for name, kind in kinds.items() if not isinstance(getattr(self, name), kind)]
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -218,6 +218,7 @@ class CheckpointStore:
         for name in reversed(self.names()):
             damage = self.damage(self.directory / name)
             if not damage:
+                self._repair_latest(name, known=not skipped)
                 return self._found(self.directory / name, tuple(skipped))
             skipped.append(f"{name}: {'; '.join(damage)}")
         if skipped:
@@ -225,6 +226,16 @@ class CheckpointStore:
                 f"{self.directory}: no checkpoint is whole: {' | '.join(skipped)}. Restore one, or start anew."
             )
         return None
+
+    def _repair_latest(self, name: str, *, known: bool) -> None:
+        """A save that was killed between its two renames left `latest` one step behind."""
+        pointer = self.directory / LATEST
+        if self.mesh.rank == 0 and known and pointer.is_file() and pointer.read_text() != name + "\n":
+            try:
+                write_hashed(self.directory / POINTER, name + "\n")
+                (self.directory / POINTER).replace(pointer)
+            except OSError:
+                return  # a directory that can only be read; `latest` is for people, nothing here reads it
 
     def verified(self, directory: Path) -> Found:
         """One checkpoint. Raises InputError naming every bad file if it is damaged."""

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from seqengine.config.data import DataSection
 from seqengine.config.layers import Merged, key_text, lay_over, parse_overrides, read_files
-from seqengine.config.lines import KeyPath
+from seqengine.config.lines import KeyPath, nodes
 from seqengine.config.run import RunConfig, check_sections
 from seqengine.config.values import Section
 from seqengine.config.wording import problems_of, section_of, unknown_key
@@ -42,15 +42,25 @@ def load(source: str | Path, overrides: Sequence[str] = (), *, need_data: bool =
     lay_over(merged, command_line)
 
     sections, wrong = _validate(merged)
-    problems += [*malformed, *merged.problems, *wrong]
+    problems += [*malformed, *merged.problems, *wrong, *(nul := _with_nul(merged))]
     problems += [problem.text + _origins(problem.keys, merged) for problem in check_sections(sections)]
     data = sections.get("data")
-    if need_data and isinstance(data, DataSection):
+    if need_data and isinstance(data, DataSection) and not nul:
         problems += _missing_data(data, merged)
     if problems:
         raise InputError(*problems)
     config = RunConfig.model_validate(dict(sections))
     return Loaded(config, _provenance(config, merged.origins))
+
+
+def _with_nul(merged: Merged) -> list[str]:
+    """Text that no file system takes in a path, and nobody can read in a name."""
+    found = [path for path, value in nodes(merged.tree) if isinstance(value, str) and "\0" in value]
+    return [
+        f"{key_text(path)}: must not hold the character NUL ({merged.origins.get(path, 'default')})"
+        for path in found
+        if path[-1] != "separator"
+    ]
 
 
 def _validate(merged: Merged) -> tuple[dict[str, Section], list[str]]:

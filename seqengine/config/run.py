@@ -50,15 +50,6 @@ def _length_of_run(train: TrainSection) -> Iterator[Problem]:
         yield Problem(keys, f"train.steps and train.tokens exclude each other, {got}; delete one of them")
 
 
-def _has_tokens_to_tell(model: ModelConfig) -> Iterator[Problem]:
-    if model.num_classes:
-        yield Problem(
-            ("model.num_classes",),
-            f"model.num_classes = {model.num_classes}: a run learns from tokens, and has no labelled sequences; set "
-            "model.num_classes = 0, or train the model's `loss` in a loop of your own",
-        )
-
-
 def _warmup_ends(train: TrainSection, schedule: ScheduleSection) -> Iterator[Problem]:
     total = _total_tokens(train)
     if isinstance(schedule.warmup, int) and total is not None and schedule.warmup > total:
@@ -90,7 +81,6 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Problem]]], ...] = (
     (("train", "data", "parallel", "model"), mesh_checks.window_fits_model),
     (("train", "data"), mesh_checks.stages_reach_the_end),
     (("parallel", "precision", "optim", "activation"), mesh_checks.backend_fits),
-    (("model",), _has_tokens_to_tell),
     *DATA_CHECKS,
     (("train", "schedule"), _warmup_ends),
 )

@@ -3,11 +3,11 @@
 The other sections stand in `model`, `data`, `optim` and `engine`; `seqengine.config.run.RunConfig` composes all of them.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from seqengine.config.values import Count, Positive, Section
+from seqengine.config.values import Count, FilePath, Positive, Section
 
 
 class RunSection(Section):
@@ -40,6 +40,8 @@ class TrainSection(Section):
     """Largest gradient norm over all parameters; 0 = no clipping."""
     mask_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.15
     """With model.causal = false: share of the tokens that are hidden and have to be told."""
+    init_from: FilePath | None = None
+    """A run, or a checkpoint of one, whose weights this run begins with; a head of another shape is left out."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What to do when the loss or the gradient norm is not finite; which samples and layers it was is written down."""
     spike: Literal["off", "log", "rewind"] = "off"
@@ -68,3 +70,25 @@ class LogSection(Section):
     """Also write which samples each rank read: RUN/samples/rank-R.jsonl, a line a step."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs the extra: pip install 'seqengine-train[tensorboard]')."""
+    wandb: bool = False
+    """Also tell Weights & Biases (needs the extra: pip install 'seqengine-train[wandb]', and `wandb login`)."""
+    wandb_project: str = "seqengine"
+    """Project there; the run has the name run.name."""
+    wandb_offline: bool = False
+    """Write RUN/wandb and send nothing, for machines without a network; `wandb sync` sends it later."""
+    peak_tflops: Annotated[float, Field(gt=0.0)] | None = None
+    """10^12 operations a second of one device at precision.params, for MFU; known for H100, H200 and A100 if not given."""
+    profile_step: Annotated[Count, Field(ge=0)] = 0
+    """First step that torch's profiler traces, on every rank: RUN/profile/rank-R-step-N.json.gz; 0 = none."""
+    profile_steps: Positive = 3
+    """Steps traced from there on."""
+    memory_snapshot: bool = False
+    """On CUDA: also what the allocator did in these steps, RUN/profile/rank-R-step-N.pickle (docs.pytorch.org/memory_viz)."""
+
+    @model_validator(mode="after")
+    def _snapshot_has_steps(self) -> Self:
+        if self.memory_snapshot and not self.profile_step:
+            raise ValueError(
+                "log.memory_snapshot needs the steps of log.profile_step; got 0: set it to the first of them"
+            )
+        return self

@@ -1,10 +1,12 @@
 """Loading a config: layers, provenance, and every mistake told in words, all at once."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
+from seqengine.config.data import SourceSection
 from seqengine.config.load import Loaded, load
 from seqengine.config.run import RunConfig
 from seqengine.config.sections import TrainSection
@@ -36,6 +38,7 @@ def only_problem(tmp_path: Path, text: str, *overrides: str, need_data: bool = F
 
 
 STEPS = "[train]\nsteps = 10\n"
+SOURCES = get_args(SourceSection.model_fields["source"].annotation)
 
 
 # Mistakes in one key
@@ -65,7 +68,9 @@ def test_typo_in_a_nested_table_is_suggested(tmp_path: Path) -> None:
 
 
 def test_unknown_key_without_a_likely_one_lists_the_keys(tmp_path: Path) -> None:
-    assert "[parallel] has: replicate, sequence" in only_problem(tmp_path, STEPS, "parallel.zzz=1")
+    assert "[parallel] has: backend, zero, replicate, shard, sequence" in only_problem(
+        tmp_path, STEPS, "parallel.zzz=1"
+    )
 
 
 def test_text_where_a_number_belongs(tmp_path: Path) -> None:
@@ -81,7 +86,10 @@ def test_text_where_a_number_belongs(tmp_path: Path) -> None:
         ("optim.lr=true", "optim.lr: must be a number above 0, got true (command line)"),
         ("run.deterministic=1", "run.deterministic: must be true or false, got 1 (command line)"),
         ("run.name=3", "run.name: must be text in quotes, got 3 (command line)"),
-        ("data.source=fast", "data.source: must be 'fasta' or 'synthetic', got 'fast' (command line)"),
+        (
+            "data.source=fast",
+            f"data.source: must be {', '.join(map(repr, SOURCES[:-1]))} or {SOURCES[-1]!r}, got 'fast' (command line)",
+        ),
         ("optim={}", None),
         ("optim=3", "optim: must be a table, got 3 (command line)"),
         ("data.fasta=3", "data.fasta: must be a path in quotes, got 3 (command line)"),
@@ -175,6 +183,89 @@ def test_impossible_combinations_name_keys_values_and_remedy(
     for part in parts:
         assert part in problem
     assert "command line" in problem
+
+
+STAGES = "data.stages=[{seq_len=256, tokens=40960}, {seq_len=1024}]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keys", "parts"),
+    [
+        (["train.batch_tokens=1000"], "train.batch_tokens data.seq_len", ["set train.batch_tokens = 1024 or 2048"]),
+        (["data.stages=[{seq_len=48, tokens=1}, {seq_len=1024}]"], "data.stages[0].seq_len", ["= 16368 or 16416"]),
+        (
+            ["parallel.replicate=3"],
+            "train.batch_tokens data.seq_len parallel.replicate",
+            ["16 windows per step", "3072"],
+        ),
+        (
+            ["parallel.backend=fsdp2", "parallel.replicate=3", "parallel.shard=3"],
+            "train.batch_tokens data.seq_len parallel.replicate",
+            ["parallel.replicate x parallel.shard = 9"],
+        ),
+        (
+            ["train.micro_batch=3"],
+            "train.batch_tokens data.seq_len parallel.replicate train.micro_batch",
+            ["a divisor of 16"],
+        ),
+        (["data.stages=[{seq_len=1024, micro_batch=5}]"], "data.stages[0].micro_batch", ["micro_batch = 5"]),
+        (["parallel.sequence=1025"], "parallel.sequence data.seq_len", ["to at most 1024"]),
+        (
+            ["data.stages=[{seq_len=1024, sequence=1025}]"],
+            "data.stages[0].sequence",
+            ["data.stages[0].sequence = 1025"],
+        ),
+        (["data.stages=[{seq_len=2048, tokens=1}, {seq_len=1024}]"], "data.stages[0].seq_len model.max_len", ["2048"]),
+        ([STAGES, "data.seq_len=512"], "data.seq_len data.stages[1].seq_len", ["set data.seq_len = 1024"]),
+        ([STAGES, "train.steps=2"], "data.stages train.tokens train.steps", ["40960 tokens", "the 32768 of the run"]),
+        ([STAGES, "train.tokens=40960"], "data.stages train.tokens train.steps", ["the 40960 of the run"]),
+        (["parallel.backend=deepspeed"], "parallel.backend parallel.zero", ["set it to 1, 2 or 3"]),
+        (["parallel.zero=3"], "parallel.zero parallel.backend", ["got parallel.backend = 'none'"]),
+        (["parallel.shard=2"], "parallel.shard parallel.backend", ["set parallel.backend = 'fsdp2'"]),
+        (["activation.offload=true"], "activation.offload activation.checkpoint", ["got 'none'"]),
+    ],
+)
+def test_meshes_stages_and_backends_that_do_not_fit(
+    tmp_path: Path, overrides: list[str], keys: str, parts: list[str]
+) -> None:
+    problem = only_problem(tmp_path, STEPS, *overrides)
+    text, _, origins = problem.rpartition(" (")
+    assert all(f"{key}: " in origins for key in keys.split()), origins
+    assert all(part in text for part in parts), text
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("parallel.replicate=2", "parallel.replicate = 2: ZeRO cuts one copy over all ranks"),
+        ("precision.params=fp64", "precision.params = 'fp64': DeepSpeed has no float64"),
+        ("optim.name=muon", "optim.name = 'muon' needs whole matrices, which ZeRO cuts"),
+        ("optim.ema=0.99", "optim.ema = 0.99 needs whole weights, which parallel.zero = 3 cuts"),
+    ],
+)
+def test_zero_refuses_what_needs_whole_weights(tmp_path: Path, override: str, text: str) -> None:
+    problem = only_problem(tmp_path, STEPS, "parallel.backend=deepspeed", "parallel.zero=3", override)
+    assert problem.startswith(text)
+    assert override.partition("=")[0] in problem.rpartition(" (")[2]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [STAGES],
+        ["parallel.backend=deepspeed", "parallel.zero=2", "optim.ema=0.99", "precision.params=bf16"],
+        ["parallel.backend=fsdp2", "parallel.replicate=2", "parallel.shard=2", "optim.name=muon", "optim.ema=0.99"],
+        ["activation.checkpoint=block", "activation.offload=true", "parallel.backend=ddp", "parallel.shard=1"],
+    ],
+)
+def test_meshes_stages_and_backends_that_fit(tmp_path: Path, overrides: list[str]) -> None:
+    read(tmp_path, STEPS, *overrides)
+
+
+def test_text_with_nul_is_refused_but_as_a_separator(tmp_path: Path) -> None:
+    text = 'data.source = "text"\ndata.separator = "\\u0000"\nrun.dir = "a\\u0000"\n' + STEPS
+    wide = "model.vocab_size=258"
+    assert only_problem(tmp_path, text, wide).startswith("run.dir: must not hold the character NUL")
 
 
 def test_suggested_synthetic_length_is_accepted(tmp_path: Path) -> None:

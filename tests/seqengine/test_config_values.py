@@ -4,8 +4,9 @@ import pytest
 from pydantic import ValidationError
 
 from seqengine.config.data import DataSection
+from seqengine.config.engine import CkptSection
 from seqengine.config.optim import ScheduleSection
-from seqengine.config.sections import CkptSection, TrainSection
+from seqengine.config.sections import TrainSection
 from seqengine.config.values import (
     Section,
     parse_count,

@@ -7,15 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqengine.config.data import DataSection
+from seqengine.config.engine import CkptSection
 from seqengine.config.layers import preset_names
 from seqengine.config.load import Loaded, load
 from seqengine.config.model import ModelConfig
 from seqengine.config.optim import OptimGroup, OptimSection
 from seqengine.config.run import RunConfig
-from seqengine.config.sections import CkptSection, RunSection, TrainSection
+from seqengine.config.sections import RunSection, TrainSection
 from seqengine.config.write import changed, dump
 
-TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20)
 
 
 def reread(text: str, folder: Path) -> RunConfig:
@@ -59,6 +60,25 @@ def test_any_config_reads_back_equal(
     )
     text = dump(Loaded(config, {"optim.lr": origin, "optim.groups[0].match": origin}))
     assert reread(text, tmp_path_factory.mktemp("dump")) == config
+
+
+def test_keys_of_the_engine_read_back(tmp_path: Path) -> None:
+    overrides = [
+        "ckpt.async=true", "ckpt.keep_every=1M", "ckpt.every=90s", 'ckpt.on_signal=["SIGUSR2"]', "activation.checkpoint=block",
+        "activation.offload=true", "parallel.backend=deepspeed", "parallel.zero=2", "comm.step_timeout=0", "train.spike=rewind",
+        "compile.backend=eager", "data.stages=[{seq_len=64, tokens=65536, sequence=2, micro_batch=8}, {seq_len=1024}]",
+        "optim.groups=[{match='*', lr_scale=0.5}]",
+    ]  # fmt: skip
+    loaded = load("hyenadna-tiny-1k", overrides, need_data=False)
+    assert (loaded.config.ckpt.is_async, loaded.config.ckpt.every, loaded.config.ckpt.keep_every) == (True, 90.0, 10**6)
+    text = dump(loaded)
+    assert "async = true  # command line" in text.splitlines()
+    assert loaded.provenance["ckpt.async"] == "command line"
+    again = reread(text, tmp_path)
+    assert again == loaded.config
+    assert (again.ckpt.is_async, again.data.stages[0].micro_batch, again.data.stages[1].tokens) == (True, 8, None)
+    assert changed(load("hyenadna-tiny-1k", need_data=False).config, again)["ckpt.async"] == (False, True)
+    assert not CkptSection().is_async
 
 
 def test_each_line_tells_its_origin(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_a_stage_that_cannot_fit_is_named(tmp_path):
 
 
 def test_a_stage_that_does_not_fit_stops_the_run_before_its_first_step(tmp_path, monkeypatch):
-    monkeypatch.setattr("seqengine.train.available_bytes", lambda device: 1 << 10)
+    monkeypatch.setattr("seqengine.memory.available_bytes", lambda device: 1 << 10)
     with pytest.raises(AssertionError, match="Split windows over more ranks"):
         train_on(1, tmp_path, STEPS, TWO)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

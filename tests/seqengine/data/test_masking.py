@@ -89,6 +89,8 @@ def test_a_masked_run_is_the_same_on_every_mesh_and_learns(tmp_path):
         assert losses(folder) == pytest.approx(alone, rel=1e-10)
 
 
-def test_a_run_refuses_a_model_that_tells_classes(tmp_path):
-    with pytest.raises(InputError, match="no labelled sequences"):
+def test_a_run_on_a_genome_refuses_a_model_that_tells_classes(tmp_path):
+    with pytest.raises(
+        InputError, match=r"num_classes = 3 needs sequences with classes, got data\.source = 'synthetic'"
+    ):
         config(tmp_path, "model.arch=lm", "model.filter.order=64", "model.num_classes=3")

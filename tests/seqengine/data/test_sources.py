@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 
+from seqengine.data.contract import Labelled
 from seqengine.data.masking import mask_tokens
 from seqengine.data.prefetch import AHEAD, Reader, Request
 from seqengine.data.source import check_vocabulary, open_source
 from seqengine.data.stream import Stream, read_windows
 from seqengine.errors import InputError
-from tests.seqengine.data.sources import sections, write
+from tests.seqengine.data.sources import LABELLED, sections, write
 
 NAMES = (
-    "synthetic", "text", "separate", "trained", "trained apart", "jsonl", "bytes", "recall", "induction", "mixture",
+    "synthetic", "text", "separate", "trained", "trained apart", "jsonl", "bytes", "recall", "induction", "mixture", *LABELLED,
 )  # fmt: skip
 T = 32
 
@@ -36,11 +37,13 @@ def section(places, request):
 
 
 def equal(a, b):
-    return len(a) == len(b) == 3 and a[2] == b[2] and all(np.array_equal(x, y) for x, y in zip(a[:2], b[:2]))
+    """Windows as they are read, or batches."""
+    arrays = [i for i in range(len(a)) if i != 2]
+    return len(a) == len(b) and a[2] == b[2] and all(np.array_equal(a[i], b[i]) for i in arrays)
 
 
 def test_any_cut_of_a_window_put_together_is_the_window(section):
-    source = open_source(section)
+    source, T = open_source(section), section.seq_len
     pick = random.Random(1)
     for windows in source.windows(T).values():
         assert windows.seq_len == T
@@ -68,6 +71,7 @@ def test_any_cut_of_a_window_put_together_is_the_window(section):
 
 
 def test_a_label_is_the_next_input_unless_nothing_is_asked(section):
+    T = section.seq_len
     for windows in open_source(section).windows(T).values():
         for index in range(len(windows)):
             inputs, labels, bounds = windows.read(index, 0, T, seed=0, epoch=0, training=False)
@@ -80,12 +84,15 @@ def test_a_label_is_the_next_input_unless_nothing_is_asked(section):
                 assert bounds[-1] == T
                 assert list(bounds) == sorted(set(bounds))
                 ends[np.array(bounds[1:-1], dtype=int) - 1] = True
+            if isinstance(windows, Labelled):
+                ends[windows.length(index) - 1 :] = True
+                assert labels[-1] == -100
             assert np.array_equal(moved, ~ends[:-1])
             assert all(labels[:-1][ends[:-1]] == -100)
 
 
 def test_the_same_from_the_cache_from_a_pickle_and_from_elsewhere(places, section, tmp_path):
-    first = open_source(section)
+    first, T = open_source(section), section.seq_len
     again = open_source(section)
     folder = tmp_path / "moved"
     shutil.copytree(places[0], folder)
@@ -215,6 +222,7 @@ def test_masks_hide_tokens_of_every_source_that_has_one(places):
             continue
         assert source.mask_id < source.vocab_size
         assert max(source.replacements) < source.vocab_size
+        T = section.seq_len
         batch = Stream(source.windows(T)["train"], seed=0).batch(0, 1, begin=0, end=T)
         inputs, labels = mask_tokens(
             batch.ids, torch.tensor([3]), torch.arange(T), 0.9, mask_id=source.mask_id, replacements=source.replacements

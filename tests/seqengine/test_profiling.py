@@ -31,15 +31,12 @@ def test_a_window_of_a_training_run_is_traced(tmp_path):
     device = torch.device("cpu")
     with StopRequest((), tmp_path / "stop") as stop:
         trainer = Trainer(loaded, open_source(loaded.config.data), Mesh.single(device), stop)
-        profiler = Profiler(loaded.config.log, tmp_path, 0, device)
         try:
-            for step in (1, 2, 3):
-                profiler.step(step)
+            for _ in range(3):
                 trainer.step()
         finally:
-            profiler.close()
             trainer.close()
-    (file,) = (tmp_path / "profile").iterdir()
+    (file,) = (tmp_path / "run" / "profile").iterdir()
     assert file.name == "rank-0-step-2.json.gz"
     names = {event.get("name", "") for event in trace(file)}
     assert any(name.startswith("aten::") for name in names)
@@ -65,6 +62,15 @@ def test_a_run_that_ends_or_begins_inside_the_window_leaves_what_there_was(tmp_p
     profiler.close()
     profiler.close()
     assert [file.name for file in (tmp_path / "profile").iterdir()] == ["rank-0-step-6.json.gz"]
+
+
+def test_a_second_profiler_is_refused(tmp_path):
+    first, second = (Profiler(LogSection(profile_step=1), tmp_path / name, 0) for name in "ab")
+    first.step(1)
+    with pytest.raises(RuntimeError, match="another profiler runs in this process"):
+        second.step(1)
+    first.close()
+    assert not (tmp_path / "b").exists()
 
 
 def test_by_default_nothing_is_traced(tmp_path):

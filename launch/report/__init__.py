@@ -1,0 +1,1 @@
+"""Reports on runs: what is in them, curves, tables, and the pages that show both."""

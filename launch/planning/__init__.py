@@ -1,0 +1,1 @@
+"""The arithmetic of `seqengine plan`: rates, FLOPs, memory, bytes, time, and the search over meshes."""

@@ -1,0 +1,181 @@
+"""A block of a model, run forward and backward on tensors without data: what it keeps, needs for a while, and sends.
+
+The block is one rank's: exchanges go to a group that sends nothing, and the ledger counts them as ever.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import finalize
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from seqengine.blocks import Block
+from seqengine.config.run import RunConfig
+from seqengine.memory import split_context
+from seqengine.parallel.context import SequenceContext
+from seqengine.parallel.ledger import Tape
+
+
+class AliveBytes(TorchDispatchMode):
+    """Bytes of the storages that were made under it and still live, and the most of them at once."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given:
+                self._add(x.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += size
+        self.most = max(self.most, self.now)
+        finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Bytes of one block, or of the head, on one rank."""
+
+    kept: int
+    """For the backward, besides weights."""
+    kept_selective: int
+    """The same with the MLP's insides made again."""
+    received: int
+    """Messages of the forward, which a block that is run again keeps."""
+    forward_peak: int
+    """Most alive at once in the forward, what it keeps included."""
+    backward_peak: int
+    """The same of the backward."""
+    sent_forward: dict[str, int]
+    """By the ledger's name of the operation."""
+    sent_backward: dict[str, int]
+
+
+def arithmetic_dtype(config: RunConfig) -> torch.dtype:
+    return torch.float64 if config.precision.params == "fp64" else torch.float32
+
+
+def trace(
+    config: RunConfig,
+    make: Callable[[], nn.Module],
+    run: Callable[[nn.Module, Tensor, SequenceContext], Tensor],
+    rows: int,
+    ctx: SequenceContext,
+) -> Trace:
+    """make: the module, in the run's dtype; run: from the residual stream [rows, T, D] to what its backward begins with."""
+    dtype, before = arithmetic_dtype(config), torch.get_default_dtype()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        torch.set_default_dtype(dtype)
+        try:
+            module = make()
+        finally:
+            torch.set_default_dtype(before)
+        for p in module.parameters():
+            p.grad = torch.zeros_like(p)
+        x = torch.zeros(rows, ctx.local_tokens, config.model.d_model, dtype=dtype, requires_grad=True)
+        return _traced(config, module, lambda: run(module, x, ctx), ctx)
+
+
+def _traced(config: RunConfig, module: nn.Module, run: Callable[[], Tensor], ctx: SequenceContext) -> Trace:
+    own = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
+    alive, kept, saved = AliveBytes(), {}, _Inside(module)
+    tensors: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+            saved.note(storage._cdata)
+            tensors.append(x)
+        return x
+
+    tape, ledger = Tape(), ctx.ledger()
+    bf16 = torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.precision.params == "bf16")
+    with alive:
+        ledger.tapes.append(tape)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), bf16:
+            y = run()
+        ledger.tapes.remove(tape)
+        received = tape.kept_bytes
+        del tape
+        forward_peak, sent = alive.most - received, _by_operation(ctx)
+        total, selective = sum(kept.values()), saved.selective(kept)
+        tensors.clear()
+        alive.most = alive.now
+        y.backward(torch.zeros_like(y))
+        both = _by_operation(ctx)
+    return Trace(
+        kept=total,
+        kept_selective=selective,
+        received=received,
+        forward_peak=forward_peak,
+        backward_peak=alive.most,
+        sent_forward=sent,
+        sent_backward={k: n - sent.get(k, 0) for k, n in both.items()},
+    )
+
+
+def _by_operation(ctx: SequenceContext) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for entry in ctx.ledger().entries:
+        found[entry.operation] = found.get(entry.operation, 0) + entry.sent_bytes
+    return found
+
+
+class _Inside:
+    """Which storages are saved by a block's MLP alone."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._is_inside = False
+        self._outside: set[int] = set()
+        self._input = 0
+        if isinstance(module, Block) and module.mlp is not None:
+            module.mlp.register_forward_pre_hook(self._enter)
+            module.mlp.register_forward_hook(self._leave)
+
+    def _enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._is_inside, self._input = True, inputs[0].untyped_storage()._cdata
+        self._input_bytes = inputs[0].untyped_storage().nbytes()
+
+    def _leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        self._is_inside = False
+
+    def note(self, key: int) -> None:
+        if not self._is_inside:
+            self._outside.add(key)
+
+    def selective(self, kept: dict[int, int]) -> int:
+        """Bytes that stay where the MLP keeps its input alone."""
+        found = sum(size for key, size in kept.items() if key in self._outside)
+        return found + (self._input_bytes if self._input and self._input not in self._outside else 0)
+
+
+def trace_block(config: RunConfig, layer: int, rows: int, tokens: int, ranks: int, rank: int) -> Trace:
+    """Of a layer, for windows of `tokens` over `ranks`."""
+
+    def run(block: nn.Module, x: Tensor, ctx: SequenceContext) -> Tensor:
+        y: Tensor = block(x, lambda y, n: y, ctx=ctx)[0]
+        return y
+
+    return trace(config, lambda: Block(config.model, layer), run, rows, split_context(tokens, ranks, rank))

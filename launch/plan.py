@@ -151,7 +151,7 @@ def reason_of(plan: RunPlan) -> str:
 
 def _flops(plan: RunPlan, stage: Stage) -> dict[str, Any]:
     flops = plan.planner.flops(stage.seq_len)
-    return {**asdict(flops), "forward": flops.forward, "backward": flops.backward}
+    return {**asdict(flops), "forward": flops.forward}
 
 
 def _candidate(found: Candidate, room: float | None) -> dict[str, Any]:

@@ -117,6 +117,16 @@ def model_flops(model: ModelConfig, tokens: int) -> ModelFlops:
     return ModelFlops(weights, mixing, _products(outputs * model.d_model))
 
 
+def layer_flops(mixer: Mixer, tokens: int) -> Flops:
+    """Of a mixer for a token of a window of so many: its weights, its short convolutions, and how it mixes tokens."""
+    return _products(_matrices(mixer)) + _short(mixer) + _mixing(mixer, tokens)
+
+
+def mlp_flops(mlp: nn.Module | None) -> Flops:
+    """Of an MLP for a token."""
+    return Flops() if mlp is None else _products(_matrices(mlp))
+
+
 def _products(numbers: float) -> Flops:
     return Flops(2.0 * numbers, 4.0 * numbers)
 

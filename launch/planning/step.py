@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from seqengine.config.run import RunConfig
 from seqengine.launch.planning.exchanges import Sent, Split, exchanges
-from seqengine.launch.planning.flops import BACKWARD, Flops, count_flops
+from seqengine.launch.planning.flops import Flops, count_flops
 from seqengine.launch.planning.memory import Activations, RankMemory, Sizes, Timeline, count_sizes, rank_memory
 from seqengine.launch.planning.rates import Machine
 from seqengine.launch.planning.traffic import Flow, Layout, data_flows, sequence_flows
@@ -127,7 +127,7 @@ class Planner:
         again = {"none": 0.0, "selective": flops.mlp, "block": flops.forward - flops.head}[layout.checkpoint]
         rate = machine.flops_per_second(self.config.precision.params) * machine.achieved
         exact_rate = min(machine.fp32, machine.flops_per_second(self.config.precision.params)) * machine.achieved
-        passes = 1 + BACKWARD + (layout.checkpoint == "block")
+        passes = 3 + (layout.checkpoint == "block")  # the backward of a product is two
         a_tap = flops.filters + flops.filter_outputs / layout.sequence
         made = a_tap * min(stage.seq_len, self.config.model.l_max) * passes * micro_batches
         moved = needs.kept_without * TOUCHED * micro_batches

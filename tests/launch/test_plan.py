@@ -8,9 +8,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqengine.config.load import load
+from seqengine.flops import _mixing, _short, flops_per_token
 from seqengine.launch.cli import main
 from seqengine.launch.plan import describe, make_plan
-from seqengine.launch.planning.flops import count_flops, linear_flops
+from seqengine.launch.planning.flops import count_flops
 from seqengine.launch.planning.rates import MACHINES, MARK
 from seqengine.launch.planning.search import layouts, stage_layout
 from seqengine.model import LanguageModel
@@ -126,9 +127,11 @@ def test_flops_of_linear_layers_are_those_that_torch_counts():
                 layer(torch.zeros(48, layer.in_features))
             x @ model.head_weight.T
     found = count_flops(model, 24)
-    per_token = sum(linear_flops(block) for block in model.each_block())
-    assert counter.get_total_flops() == (per_token + found.head) * ids.numel()
-    assert found.total == 3 * found.forward
+    mixing = sum((_mixing(b.mixer, 24) + _short(b.mixer)).forward for b in model.each_block())
+    assert counter.get_total_flops() == pytest.approx((found.forward - mixing) * ids.numel(), rel=1e-12)
+    assert found.total == pytest.approx(flops_per_token(config.model, 24), rel=1e-12), (
+        "the log's MFU is of the same count"
+    )
 
 
 def test_every_rate_has_a_source():

@@ -1,20 +1,25 @@
-"""The `seqengine` command: train, eval, generate, check, ckpt, demo, version.
+"""The `seqengine` command: train, eval, generate, check, ckpt, plan, launch, watch, report, demo, version.
 
 Exit codes: 0 done, 1 failed, 2 bad input, 75 preempted after a good save.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from seqengine.errors import InputError
 from seqengine.launch.cli_ckpt import add_ckpt
+from seqengine.launch.cli_eval import add_eval
+from seqengine.launch.cli_launch import add_launch
+from seqengine.launch.cli_plan import add_plan
+from seqengine.launch.cli_processes import launch, num_processes
+from seqengine.launch.cli_report import add_report
+from seqengine.launch.cli_watch import add_watch
 
 if TYPE_CHECKING:
-    from seqengine.config.run import RunConfig
+    pass
 
 FAILED, BAD_INPUT, PREEMPTED = 1, 2, 75
 
@@ -71,12 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
-    evaluate = commands.add_parser("eval", help="loss of a run, or of one checkpoint, on its validation windows")
-    evaluate.add_argument("target", metavar="RUN|CHECKPOINT", type=Path)
-    evaluate.add_argument("overrides", nargs="*", metavar="a.b=c")
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
-    evaluate.add_argument("--ema", action="store_true", help="the averaged weights of a run with optim.ema")
-    evaluate.set_defaults(run=_eval)
+    add_eval(commands)
 
     generate = commands.add_parser("generate", help="go on writing where a prompt ends")
     generate.add_argument("target", metavar="RUN|CHECKPOINT", type=Path)
@@ -102,6 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
 
     add_ckpt(commands)
+    add_plan(commands)
+    add_launch(commands)
+    add_watch(commands)
+    add_report(commands)
 
     demo = commands.add_parser(
         "demo", help="the main job, small: train on two processes, evaluate on one, draw the curve"
@@ -134,12 +138,12 @@ def _train(arguments: argparse.Namespace) -> int:
         mesh_shape(loaded.config, processes)
     RunDirectory(loaded.config.run_dir).check_resumable(loaded, allowed)
     check_run(loaded.config)
-    num_processes = _num_processes(loaded.config)
-    if not processes.launched and (num_processes > 1 or arguments.max_restarts):
+    wanted = num_processes(loaded.config)
+    if not processes.launched and (wanted > 1 or arguments.max_restarts):
         changes = [word for key in allowed for word in ("--allow-change", key)]
         words = ["train", arguments.config, *arguments.overrides, *changes]
         signals = loaded.config.ckpt.on_signal
-        return _launch(words, num_processes, max_restarts=arguments.max_restarts, signals=signals)
+        return launch(words, wanted, max_restarts=arguments.max_restarts, signals=signals)
     with mesh_of(loaded.config, processes) as mesh:
         try:
             train(loaded, open_source(loaded.config.data), mesh, allow_changes=allowed)
@@ -155,28 +159,6 @@ def _train(arguments: argparse.Namespace) -> int:
 def _say(rank: int, text: str) -> None:
     if rank == 0:
         print(f"seqengine: {text}", file=sys.stderr, flush=True)
-
-
-def _eval(arguments: argparse.Namespace) -> int:
-    from seqengine.data.source import open_source
-    from seqengine.evaluate import evaluate_checkpoint
-    from seqengine.launch.environment import read_processes
-    from seqengine.launch.process import mesh_of
-    from seqengine.rundir import CheckpointTarget
-
-    target = CheckpointTarget.find(arguments.target)
-    loaded = target.run.read_config(tuple(arguments.overrides))
-    processes = read_processes()
-    if not processes.launched and _num_processes(loaded.config) > 1:
-        words = ["eval", str(arguments.target), *arguments.overrides, *(["--json"] if arguments.json else [])]
-        words += ["--ema"] if arguments.ema else []
-        return _launch(words, _num_processes(loaded.config))
-    with mesh_of(loaded.config, processes) as mesh:
-        source = open_source(loaded.config.data)
-        result = evaluate_checkpoint(target, loaded.config, source, mesh, averaged=arguments.ema)
-        if mesh.rank == 0:
-            print(json.dumps(result.as_dict()) if arguments.json else result.describe())
-    return 0
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -207,20 +189,6 @@ def _version(arguments: argparse.Namespace) -> int:
     for name, version in versions().items():
         print(f"{name} {version}")
     return 0
-
-
-def _num_processes(config: "RunConfig") -> int:
-    """Processes to start here; 'auto' means one, unless a launcher gives more."""
-    parallel = config.parallel
-    copies, shards = (n if isinstance(n, int) else 1 for n in (parallel.replicate, parallel.shard))
-    return copies * shards * parallel.sequence
-
-
-def _launch(arguments: list[str], num_processes: int, **options: Any) -> int:
-    from seqengine.launch.torchrun import run_local
-
-    sys.stdout.flush()
-    return run_local(arguments, num_processes, **options)
 
 
 def _count(text: str) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from seqengine.config.run import RunConfig
-from seqengine.data.source import Source, check_vocabulary, open_source
+from seqengine.data.source import Source, check_classes, check_vocabulary, open_source
 from seqengine.errors import InputError
 from seqengine.metrics import read_metrics
 from seqengine.model import LanguageModel
@@ -35,7 +35,7 @@ class Summary:
             f"length      {c.total_steps:,} steps, {c.total_tokens:,} tokens",
         ]
         if self.num_windows is None:
-            lines.append("data        none given: train needs data.fasta=GENOME.fa")
+            lines.append("data        none given: train needs some, such as data.fasta=GENOME.fa")
         else:
             lines.append("data        " + ", ".join(f"{n:,} {split} windows" for split, n in self.num_windows.items()))
         return "\n".join([*lines, "ok"])
@@ -44,6 +44,7 @@ class Summary:
 def check_source(source: Source, config: RunConfig) -> None:
     """Raises InputError if the model has no row for some id of the data, or no token that hides others where it needs one."""
     check_vocabulary(source, config.model.vocab_size)
+    check_classes(source, config.model.num_classes)
     if not config.model.causal and source.mask_id is None:
         raise InputError(
             f"model.causal = false: data.source = {config.data.source!r} must have a token that hides others; it has none. "

@@ -10,6 +10,10 @@ GENOMES = ("fasta", "synthetic")
 TEXTS = ("text", "jsonl", "hf")
 PACKED = (*TEXTS, "bytes")
 TASKS = ("recall", "induction")
+GENERATED = ("listops", "pathfinder")
+FOLDERS = ("class_folders", "cifar10", "aan")
+LABELLED = (*GENERATED, *FOLDERS)
+"""Sources whose sequences have classes."""
 
 
 class SyntheticSection(Section):
@@ -40,6 +44,40 @@ class RecallSection(Section):
     """Another seed is other examples."""
 
 
+class ListopsSection(Section):
+    """[data.listops]: nested operations on digits (seqengine.data.listops); the defaults are those of the Long Range Arena."""
+
+    min_length: Positive = 500
+    """Tokens of an expression, at least."""
+    max_length: Positive = 2000
+    """Tokens of an expression, at most; data.seq_len must hold them."""
+    max_depth: Annotated[Count, Field(ge=2)] = 10
+    """Expressions inside each other, the digits included."""
+    max_args: Annotated[Count, Field(ge=2)] = 10
+    """Arguments of an operator, at most."""
+    examples: Positive = 96_000
+    """Training examples, the same in every epoch."""
+    valid_examples: Positive = 2000
+    """Validation examples, apart from the training ones; as many again for a test."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    """Another seed is other examples."""
+
+
+class PathfinderSection(Section):
+    """[data.pathfinder]: drawings of dashed curves (seqengine.data.pathfinder)."""
+
+    size: Annotated[Count, Field(ge=16)] = 32
+    """Pixels of a side; a sequence is size * size gray levels, which data.seq_len must hold."""
+    distractors: Annotated[Count, Field(ge=0)] = 3
+    """Short curves that join nothing."""
+    examples: Positive = 160_000
+    """Training examples, the same in every epoch."""
+    valid_examples: Positive = 20_000
+    """Validation examples, apart from the training ones; as many again for a test."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    """Another seed is other examples."""
+
+
 class StageSection(Section):
     """[[data.stages]]: part of a run, at one length of windows."""
 
@@ -57,10 +95,11 @@ class SourceSection(Section):
     """What is read of one source, and how."""
 
     source: Literal[
-        "fasta", "synthetic", "text", "jsonl", "hf", "bytes", "recall", "induction", "mixture",
+        "fasta", "synthetic", "text", "jsonl", "hf", "bytes", "recall", "induction", "listops", "pathfinder",
+        "class_folders", "cifar10", "aan", "mixture",
     ] = "fasta"  # fmt: skip
-    """A genome of yours, or the synthetic one; text, JSON lines, a Hugging Face data set, files as bytes; two tasks; or several
-    sources (data.mix)."""
+    """A genome of yours, or the synthetic one; text, JSON lines, a Hugging Face data set, files as bytes; two tasks; sequences
+    with classes, made (listops, pathfinder) or read from data.folder; or several sources (data.mix)."""
     fasta: FilePath | None = None
     """FASTA file, plain or gzip or bgzip."""
     bed: FilePath | None = None
@@ -70,7 +109,14 @@ class SourceSection(Section):
     files: tuple[str, ...] = ()
     """Of text, jsonl, bytes and hf: paths, or patterns such as 'books/*.txt.gz', whose files come in order of names."""
     valid_files: tuple[str, ...] = ()
-    """Files of the validation split. Without them see `valid_fraction`."""
+    """Files of the validation split. Without them see `valid_fraction`. Of cifar10: names in data.folder; without them the last
+    tenth of the training files."""
+    folder: FilePath | None = None
+    """Of class_folders, cifar10 and aan: where the sequences with classes lie."""
+    classes: tuple[str, ...] = ()
+    """Of class_folders: the folders that are classes; empty: all there are."""
+    alphabet: Literal["bytes", "dna"] | None = None
+    """Of class_folders: what its files hold, for the ids; bytes if not given."""
     separator: str = ""
     """Of text: what stands between two documents of a file, such as "\\n\\n\\n"; one without a newline is a line of its own.
     Empty: a file is one document."""
@@ -95,13 +141,15 @@ class SourceSection(Section):
     window: Literal["tile", "jitter"] = "tile"
     """tile: windows end to end. jitter: each is moved by up to half a window, anew in every epoch."""
     rc_prob: Share = 0.5
-    """Of genomes: probability that a training window is read as its reverse complement."""
+    """Of genomes and class_folders of DNA: probability that a training window is read as its reverse complement."""
     soft_mask: Literal["upper", "unk"] = "upper"
     """Lower-case bases: upper = as their capitals; unk = as [UNK] (the published behaviour)."""
     valid_fraction: Annotated[Fraction, Field(gt=0.0, lt=1.0)] = 0.05
     """Without a BED or validation files: this share of the bases or documents, at the end, is validation."""
     synthetic: SyntheticSection = SyntheticSection()
     recall: RecallSection = RecallSection()
+    listops: ListopsSection = ListopsSection()
+    pathfinder: PathfinderSection = PathfinderSection()
 
 
 class MixSection(SourceSection):
@@ -148,6 +196,7 @@ class DataSection(SourceSection):
     def is_given(self) -> bool:
         """Whether the section names data: a config may leave the files to the command line."""
         needs = {"fasta": "fasta", "text": "files", "jsonl": "files", "bytes": "files", "hf": "dataset"}
+        needs |= dict.fromkeys(FOLDERS, "folder")
         sources = self.sources
         return bool(sources) and all(bool(getattr(s, needs[s.source])) for _, s in sources if s.source in needs)
 

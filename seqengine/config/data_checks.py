@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 
-from seqengine.config.data import GENOMES, PACKED, TASKS, TEXTS, DataSection, SourceSection
+from seqengine.config.data import FOLDERS, GENOMES, LABELLED, PACKED, TASKS, TEXTS, DataSection, SourceSection
 from seqengine.config.mesh_checks import Problem
 from seqengine.config.model import ModelConfig
 from seqengine.config.sections import TrainSection
@@ -13,11 +13,17 @@ DNA_SYMBOLS = 12
 """Token ids of the published HyenaDNA alphabet: 0 to 6 special, 7 to 11 A, C, G, T, N."""
 BYTE_SYMBOLS = 258
 """256 bytes, the end of a document, and the mask."""
+LISTOPS_SYMBOLS, PAIR_SYMBOLS, PIXELS = 17, 259, 1024
+CLASSES = {"listops": 10, "pathfinder": 2, "cifar10": 10, "aan": 2}
+"""Of sources that have always as many; those of class_folders are counted when they are read."""
 READERS: dict[str, tuple[str, ...]] = {
     "fasta": ("fasta",),
     "bed": ("fasta",),
     "files": PACKED,
-    "valid_files": PACKED,
+    "valid_files": (*PACKED, "cifar10"),
+    "folder": FOLDERS,
+    "classes": ("class_folders",),
+    "alphabet": ("class_folders",),
     "separator": ("text",),
     "dataset": ("hf",),
     "dataset_config": ("hf",),
@@ -78,6 +84,11 @@ def mixture_is_whole(data: DataSection) -> Iterator[Problem]:
     for place, section in data.sources:
         if section.source == "mixture":
             text = f"{place}.source = 'mixture': a mixture must not hold another; put its tables [[data.mix]] beside the others"
+            yield Problem((f"{place}.source",), text)
+        if section.source in LABELLED:
+            text = (
+                f"{place}.source = '{section.source}': a mixture must not hold sequences with classes; read them alone"
+            )
             yield Problem((f"{place}.source",), text)
     total = sum(part.weight for part in data.mix)
     for i, part in enumerate(data.mix):
@@ -158,6 +169,48 @@ def examples_fit(data: DataSection) -> Iterator[Problem]:
                 )
 
 
+def sequences_fit(data: DataSection) -> Iterator[Problem]:
+    """A window holds a whole sequence, where a part of one would have another class; and expressions can have their lengths."""
+    if data.source not in LABELLED:
+        return
+    drawing, of = data.pathfinder, data.listops
+    longest = {"listops": of.max_length, "pathfinder": drawing.size**2, "cifar10": PIXELS, "aan": 3}.get(data.source, 1)
+    key = {"listops": "data.listops.max_length", "pathfinder": "data.pathfinder.size"}.get(data.source, "data.source")
+    stages = [(f"data.stages[{i}].seq_len", stage.seq_len) for i, stage in enumerate(data.stages)]
+    for length_key, length in stages or [("data.seq_len", data.seq_len)]:
+        if length < longest:
+            yield Problem(
+                (length_key, key),
+                f"{length_key} = {length} must be at least {longest}, the tokens of a whole sequence of '{data.source}'; "
+                f"set it to {longest}" + (f", or change {key}" if key != "data.source" else ""),
+            )
+    if data.source == "listops" and not 4 <= of.min_length <= of.max_length:
+        yield Problem(
+            ("data.listops.min_length", "data.listops.max_length"),
+            f"data.listops.min_length = {of.min_length} must be from 4 to data.listops.max_length = {of.max_length}; "
+            "change one of them",
+        )
+
+
+def classes_fit(model: ModelConfig, data: DataSection) -> Iterator[Problem]:
+    """A model of classes has a source of classes, and as many; `check_classes` counts what the config does not know."""
+    if not model.num_classes:
+        return
+    known = CLASSES.get(data.source)
+    if data.source not in LABELLED:
+        yield Problem(
+            ("model.num_classes", "data.source"),
+            f"model.num_classes = {model.num_classes} needs sequences with classes, got data.source = '{data.source}'; set "
+            f"data.source to one of {', '.join(LABELLED)}, or model.num_classes = 0",
+        )
+    elif known is not None and model.num_classes != known:
+        yield Problem(
+            ("model.num_classes", "data.source"),
+            f"model.num_classes = {model.num_classes} must be {known}, the classes of '{data.source}'; set model.num_classes = "
+            f"{known}",
+        )
+
+
 def vocabulary_fits(model: ModelConfig, data: DataSection) -> Iterator[Problem]:
     """The model has a row for every id that the config makes known; `check_vocabulary` knows the rest."""
     for place, section in data.sources:
@@ -175,11 +228,23 @@ def _ids(place: str, section: SourceSection) -> tuple[int, str, tuple[str, ...]]
         return DNA_SYMBOLS, "the symbols of the DNA alphabet", ()
     if section.source in TASKS:
         return section.recall.vocab + 1, "the symbols of the task and its mark", (f"{place}.recall.vocab",)
+    if section.source in LABELLED:
+        return *_labelled_ids(section), (f"{place}.source",)
     if section.source in PACKED and section.tokenizer == "bytes":
         return BYTE_SYMBOLS, "256 bytes, the end of a document and the mask", (f"{place}.source",)
     if section.tokenizer == "train" and section.tokenizer_vocab is not None:
         return section.tokenizer_vocab, f"{place}.tokenizer_vocab", (f"{place}.tokenizer_vocab",)
     return 0, "", ()
+
+
+def _labelled_ids(section: SourceSection) -> tuple[int, str]:
+    if section.source == "listops":
+        return LISTOPS_SYMBOLS, "digits, operators, the padding and the mask"
+    if section.source == "aan":
+        return PAIR_SYMBOLS, "256 bytes, the separator of two texts, the padding and the mask"
+    if section.alphabet == "dna":
+        return DNA_SYMBOLS, "the symbols of the DNA alphabet"
+    return BYTE_SYMBOLS, "256 bytes or gray levels, the padding and the mask"
 
 
 def synthetic_genome(data: DataSection) -> Iterator[Problem]:
@@ -213,6 +278,8 @@ DATA_CHECKS: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Problem]]], ...
     (("data",), tokenizer_fits),
     (("data", "train"), documents_stand_apart),
     (("data",), examples_fit),
+    (("data",), sequences_fit),
+    (("model", "data"), classes_fit),
     (("model", "data"), vocabulary_fits),
     (("model", "data"), mixers_stand_apart),
     (("data",), synthetic_genome),

@@ -22,6 +22,10 @@ class Batch(NamedTuple):
     documents: tuple[int, ...] | None
     """Boundaries [0, .., T] of the documents in the whole window, ascending; None: the window is one sequence. With boundaries
     there is one row."""
+    classes: Tensor | None = None
+    """int64 [rows]: the class of every sequence; None: windows have none."""
+    lengths: Tensor | None = None
+    """int64 [rows]: tokens of every sequence before its padding, on every rank those of the whole window; None as classes."""
 
 
 class Windows(Protocol):
@@ -42,6 +46,21 @@ class Windows(Protocol):
         Shapes: two arrays of integers [end - begin].
         Raises: IndexError for an index outside 0 .. len - 1, ValueError unless 0 <= begin <= end <= T.
         """
+        ...
+
+
+@runtime_checkable
+class Labelled(Protocol):
+    """Windows that are sequences with a class, padded on the right to seq_len."""
+
+    num_classes: int
+
+    def label(self, index: int) -> int:
+        """The class of a window, 0 .. num_classes - 1. Raises: IndexError for an index outside 0 .. len - 1."""
+        ...
+
+    def length(self, index: int) -> int:
+        """Tokens of a window before its padding, 1 .. seq_len. Raises: as label."""
         ...
 
 
@@ -73,6 +92,8 @@ class Source(Protocol):
     """Hides a token in training on masked tokens; None: the source has none."""
     replacements: range | None
     """Ids that may stand for another token there; None as mask_id."""
+    num_classes: int | None
+    """Classes of its sequences, and then its windows are `Labelled`; None: it has none."""
 
     def windows(self, seq_len: int, splits: Sequence[str] = ("train", "valid")) -> Mapping[str, Windows]:
         """The `Windows` of each split, of `seq_len` tokens. Raises: InputError for a split without a window."""

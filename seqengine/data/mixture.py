@@ -108,15 +108,18 @@ class MixedWindows:
 class MixtureSource:
     """Several sources, each with a weight; see `seqengine.data.contract.Source`.
 
-    Masked tokens need the same mask in all sources.
+    Masked tokens need the same mask in all sources. Raises: ValueError for a source whose sequences have classes.
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
         self.sources = tuple(sources)
+        if any(source.num_classes is not None for source in self.sources):
+            raise ValueError("MixtureSource: sources must not have classes; got one that has")
         self.slots = shares(weights)
         self.vocab_size = max(source.vocab_size for source in self.sources)
         masks = {(source.mask_id, source.replacements) for source in self.sources}
         self.mask_id, self.replacements = masks.pop() if len(masks) == 1 else (None, None)
+        self.num_classes: int | None = None
         identity = [[source.content_hash, slots] for source, slots in zip(self.sources, self.slots, strict=True)]
         self.content_hash = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 

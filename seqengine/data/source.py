@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from seqengine.config.data import TASKS, DataSection, SourceSection
+from seqengine.config.data import GENERATED, LABELLED, TASKS, DataSection, SourceSection
 from seqengine.data.contract import IGNORE, Batch, Source, Windows
+from seqengine.data.folder_source import FolderSource
+from seqengine.data.generated_source import GeneratedSource
 from seqengine.data.mixture import MixtureSource
 from seqengine.data.packed import PackedGenome, pack_genome
 from seqengine.data.task_source import TaskSource
@@ -14,7 +16,7 @@ from seqengine.data.windows import Windows as GenomeWindows
 from seqengine.data.windows import genome_windows
 from seqengine.errors import InputError
 
-__all__ = ["IGNORE", "Batch", "GenomeSource", "Source", "Windows", "check_vocabulary", "open_source"]
+__all__ = ["IGNORE", "Batch", "GenomeSource", "Source", "Windows", "check_classes", "check_vocabulary", "open_source"]
 
 
 class GenomeSource:
@@ -27,6 +29,7 @@ class GenomeSource:
         self.vocab_size = VOCABULARY
         self.mask_id: int | None = MASK
         self.replacements: range | None = range(A, A + 4)
+        self.num_classes: int | None = None
 
     def windows(self, seq_len: int, splits: Sequence[str] = ("train", "valid")) -> dict[str, GenomeWindows]:
         """The windows of each split. Raises: InputError for a bad BED, and for a split without a window."""
@@ -45,6 +48,11 @@ def open_source(section: DataSection) -> Source:
         raise InputError(
             "data.mix: must hold the sources of the mixture, none of them a mixture; add tables [[data.mix]]."
         )
+    labelled = [place for place, part in section.sources if part.source in LABELLED]
+    if labelled:
+        raise InputError(
+            f"{labelled[0]}.source: a mixture must not hold sequences with classes; take it out, or read it alone."
+        )
     sources = [_open(part, cache, place) for place, part in section.sources]
     return MixtureSource(sources, [part.weight for part in section.mix])
 
@@ -58,7 +66,26 @@ def check_vocabulary(source: Source, vocab_size: int) -> None:
         )
 
 
+def check_classes(source: Source, num_classes: int) -> None:
+    """Raises: InputError if a model of `num_classes` classes, 0 for none, cannot learn those of the source."""
+    if not num_classes or source.num_classes == num_classes:
+        return
+    if source.num_classes is None:
+        raise InputError(
+            f"model.num_classes = {num_classes} needs sequences with classes, of data.source = {', '.join(LABELLED)}; the data "
+            "have none. Set model.num_classes = 0, or another data.source."
+        )
+    raise InputError(
+        f"model.num_classes = {num_classes} must be {source.num_classes}, the classes of the data; "
+        f"set model.num_classes = {source.num_classes}."
+    )
+
+
 def _open(section: SourceSection, cache: Path, place: str) -> Source:
+    if section.source in GENERATED:
+        return GeneratedSource(section)
+    if section.source in LABELLED:
+        return FolderSource(section, cache)
     if section.source in TASKS:
         return TaskSource("recall" if section.source == "recall" else "induction", section)
     if section.source in ("fasta", "synthetic"):

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 
-from seqengine.data.contract import Batch, Order, Ordered, Windows
+from seqengine.data.contract import Batch, Labelled, Order, Ordered, Windows
 from seqengine.data.order import Shuffle
 from seqengine.errors import InputError
 
@@ -63,8 +63,9 @@ class Stream:
     def batch(self, first_sample: int, rows: int, *, begin: int, end: int) -> Batch:
         """Samples first_sample .. first_sample + rows - 1, tokens [begin, end) of each, as training reads them.
 
-        Shapes: ids and labels int64 [rows, end - begin] on the CPU; rows and tokens may be none. Over ranks, the batches of
-        a cut of the samples and of the tokens, put together, are the batch of one rank.
+        Shapes: ids and labels int64 [rows, end - begin] on the CPU; rows and tokens may be none; of sequences with classes
+        also classes and lengths int64 [rows], of whole windows. Over ranks, the batches of a cut of the samples and of the
+        tokens, put together, are the batch of one rank.
         Raises: ValueError for several rows of windows with documents.
         """
         chosen = [self.window(first_sample + row) for row in range(rows)]
@@ -91,7 +92,8 @@ class Stream:
 def read_windows(windows: Windows, indices: Iterable[int], *, begin: int, end: int) -> Batch:
     """Whole tiles by their indices, as evaluation reads them: nothing in them is random.
 
-    Shapes: ids and labels int64 [number of indices, end - begin] on the CPU.
+    Shapes: ids and labels int64 [number of indices, end - begin] on the CPU; of sequences with classes also classes and
+    lengths int64 [number of indices], of whole windows.
     Raises: ValueError for several rows of windows with documents.
     """
     return _read(windows, [(0, index) for index in indices], begin, end, seed=0, training=False)
@@ -115,4 +117,10 @@ def _read(
         inputs[row], labels[row], documents = windows.read(index, begin, end, seed=seed, epoch=epoch, training=training)
         if documents is not None and len(chosen) > 1:
             raise ValueError(f"Stream.batch: windows with documents must be read one at a time; got {len(chosen)} rows")
-    return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), documents)
+    batch = Batch(torch.from_numpy(inputs), torch.from_numpy(labels), documents)
+    if not isinstance(windows, Labelled):
+        return batch
+    classes = torch.tensor([windows.label(index) for _, index in chosen], dtype=torch.int64)
+    return batch._replace(
+        classes=classes, lengths=torch.tensor([windows.length(index) for _, index in chosen], dtype=torch.int64)
+    )

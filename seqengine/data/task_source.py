@@ -48,6 +48,7 @@ class TaskSource:
         self.vocab_size = self._section.vocab + 1
         self.mask_id: int | None = None
         self.replacements: range | None = None
+        self.num_classes: int | None = None
         identity = {"task": task, **self._section.model_dump()}
         self.content_hash = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 

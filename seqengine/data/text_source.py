@@ -73,6 +73,7 @@ class TextSource:
         self.vocab_size = self.tokenizer.vocab_size
         self.mask_id = self.tokenizer.mask_id
         self.replacements = None if self.mask_id is None else self.tokenizer.replacements
+        self.num_classes: int | None = None
         hashes = [part.content_hash for part in (self.train, self.valid) if part is not None]
         self.content_hash = hashes[0] if self.valid is None else hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 

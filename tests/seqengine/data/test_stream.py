@@ -66,8 +66,9 @@ def test_the_samples_of_a_genome_never_change(windows):
 
 def test_labels_are_the_inputs_moved_by_one(windows):
     stream = Stream(train_windows(windows, 0.5, "jitter"), seed=3)
-    inputs, labels, documents = stream.batch(0, 40, begin=0, end=23)
+    inputs, labels, documents, *classes = stream.batch(0, 40, begin=0, end=23)
     assert documents is None
+    assert classes == [None, None]
     assert inputs.dtype == labels.dtype == torch.int64
     assert inputs.shape == labels.shape == (40, 23)
     assert torch.equal(inputs[:, 1:], labels[:, :-1])
@@ -76,14 +77,14 @@ def test_labels_are_the_inputs_moved_by_one(windows):
 
 def test_rows_are_what_the_windows_say(windows):
     stream = Stream(train_windows(windows, 0.0, "tile"), seed=3)
-    inputs, labels, _ = stream.batch(5, 30, begin=2, end=20)  # over two epochs and more
+    inputs, labels, *_ = stream.batch(5, 30, begin=2, end=20)  # over two epochs and more
     for row in range(30):
         _, index = stream.window(5 + row)
         expected, targets = windows.bases(index, 2, 20)
         assert inputs[row].tolist() == expected.tolist()
         assert labels[row].tolist() == targets.tolist()
     flipped = Stream(train_windows(windows, 1.0, "tile"), seed=3).batch(5, 30, begin=0, end=23)[0]
-    forward, behind, _ = stream.batch(5, 30, begin=0, end=23)
+    forward, behind, *_ = stream.batch(5, 30, begin=0, end=23)
     assert torch.equal(flipped[:, 1:], (17 - forward).flip(1)[:, :-1])  # A7 T10, C8 G9
     assert torch.equal(flipped[:, 0], 17 - behind[:, -1])
 
@@ -180,7 +181,7 @@ def test_validation_windows_are_evenly_spaced(windows):
             assert chosen[0] >= 0
             assert chosen[-1] < count
             assert not gaps.size or (gaps.min() >= 1 and gaps.max() - gaps.min() <= 1)
-    inputs, labels, _ = read_windows(train_windows(windows, 1.0, "jitter"), [3, 0], begin=1, end=4)
+    inputs, labels, *_ = read_windows(train_windows(windows, 1.0, "jitter"), [3, 0], begin=1, end=4)
     assert inputs.tolist() == [windows.read(i, 1, 4)[0].tolist() for i in (3, 0)]
     assert labels.tolist() == [windows.read(i, 1, 4)[1].tolist() for i in (3, 0)]
     assert inputs.dtype == torch.int64

@@ -1,0 +1,112 @@
+"""Runs that tell the class of whole sequences: the same on every mesh, pretrained on their own inputs, evaluated by accuracy."""
+
+import json
+
+import pytest
+import torch
+
+from seqengine.errors import InputError
+from seqengine.launch.cli import main
+from seqengine.metrics import read_metrics
+from tests.seqengine.runs import config, losses, train_on
+
+CONFIG = """
+[model]
+arch = "lm"
+d_model = 16
+n_layer = 2
+max_len = 32
+vocab_size = 32
+pattern = ["gla"]
+num_classes = 10
+pooling = "mean"
+embed_dropout = 0.0
+mixers = { gla = { num_heads = 2 } }
+[data]
+source = "listops"
+seq_len = 32
+listops = { min_length = 6, max_length = 32, max_depth = 3, max_args = 4, examples = 200, valid_examples = 24 }
+[train]
+steps = 6
+batch_tokens = 256
+[optim]
+lr = 0.01
+[eval]
+windows = 24
+[log]
+every = 1
+"""
+EXACT = "precision.params=fp64"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "test.toml").write_text(CONFIG)
+    return tmp_path
+
+
+def run_in(folder, name, ranks, *settings, **options):
+    place = folder / name
+    place.mkdir(exist_ok=True)
+    (place / "test.toml").write_text(CONFIG)
+    results = train_on(ranks, place, *settings, **options)
+    return losses(place), results
+
+
+def last(folder, name):
+    return [line for line in read_metrics(folder / name / "run") if line.get("split") == "valid"][-1]
+
+
+def test_every_mesh_tells_the_same_classes(folder):
+    expected, _ = run_in(folder, "one", 1, EXACT)
+    meshes = {
+        "replicas": (2, ()),
+        "sequence": (3, ("parallel.sequence=3",)),
+        "fsdp2": (2, ("parallel.backend=fsdp2",)),
+        "ddp": (2, ("parallel.backend=ddp", "train.micro_batch=2")),
+    }
+    for name, (ranks, mesh) in meshes.items():
+        found, _ = run_in(folder, name, ranks, EXACT, *mesh)
+        assert found == pytest.approx(expected, rel=1e-10), name
+        assert last(folder, name)["accuracy"] == last(folder, "one")["accuracy"], name
+    assert 0.0 <= last(folder, "one")["accuracy"] <= 1.0
+    assert last(folder, "one")["windows"] == 24
+
+
+def test_a_run_pretrained_on_its_own_inputs_gives_its_weights_to_one_with_classes(folder, capfd):
+    run_in(folder, "before", 1, "model.num_classes=0")
+    source = folder / "before" / "run"
+    _, results = run_in(folder, "after", 2, f"train.init_from={source}", "train.steps=1", "optim.lr=1e-12")
+    assert "begins with the weights of" in capfd.readouterr().out
+    _, before = run_in(folder, "before", 1, "model.num_classes=0")
+    after = results[0][1]
+    assert torch.allclose(after["model.embedding.weight"], before[0][1]["model.embedding.weight"], atol=1e-6)
+    # A second life goes on from its own checkpoint.
+    run_in(folder, "after", 2, f"train.init_from={source}", "train.steps=2", "optim.lr=1e-12")
+    assert "resumed at step 1" in capfd.readouterr().out
+
+
+def test_weights_of_another_model_are_refused(folder):
+    run_in(folder, "before", 1, "model.num_classes=0", "train.steps=1")
+    source = folder / "before" / "run"
+    with pytest.raises(AssertionError, match=r"train\.init_from: .* must be of the same \[model\] but for its head"):
+        run_in(folder, "after", 1, f"train.init_from={source}", "model.d_model=8", "train.steps=1")
+    with pytest.raises(AssertionError, match="must be a run's directory"):
+        run_in(folder, "nowhere", 1, "train.init_from=nowhere", "train.steps=1")
+
+
+def test_evaluation_tells_the_accuracy(folder, capsys):
+    run_in(folder, "run", 1)
+    capsys.readouterr()
+    assert main(["eval", str(folder / "run" / "run"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["accuracy"] == last(folder, "run")["accuracy"]
+    assert main(["eval", str(folder / "run" / "run"), "--positions"]) == 2
+    assert "classes" in capsys.readouterr().err
+
+
+def test_classes_need_data_with_classes(folder):
+    with pytest.raises(InputError, match=r"model\.num_classes"):
+        config(folder, "data.source=synthetic", "data.synthetic={ length = 9000 }")
+    with pytest.raises(InputError, match=r"model\.num_classes"):
+        config(folder, "model.num_classes=3")

@@ -1,4 +1,4 @@
-"""Runs that tell the class of whole sequences: the same on every mesh, pretrained on their own inputs, evaluated by accuracy."""
+"""Runs that tell the class of sequences: the same on every mesh, pretrained on their own inputs, evaluated by accuracy."""
 
 import json
 

@@ -8,7 +8,7 @@ STAMP  := $(VENV)/installed
 GPU_PYTHON ?= python3
 OUT        ?= benchmarks/results/gpu-latest
 
-.PHONY: demo test bench gpu gpu-test gpu-bench gpu-device install lint types clean
+.PHONY: demo test bench gpu gpu-test gpu-bench gpu-device install lint types docs clean
 
 demo: $(STAMP)
 	$(BIN)/seqengine demo $(if $(FASTA),--fasta "$(FASTA)") $(SETTINGS)
@@ -82,5 +82,13 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# Pages made from code and records are written anew; tests compare them.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python docs/config_page.py
+	$(BIN)/python docs/commands_page.py
+	$(BIN)/python docs/benchmarks_page.py
+	$(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -79,14 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     add_eval(commands)
 
     generate = commands.add_parser("generate", help="go on writing where a prompt ends")
-    generate.add_argument("target", metavar="RUN|CHECKPOINT", type=Path)
-    generate.add_argument("overrides", nargs="*", metavar="a.b=c")
+    generate.add_argument("target", metavar="RUN|CHECKPOINT", type=Path, help="a directory such as runs/a")
+    generate.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings in place of the run's")
     generate.add_argument("--prompt", action="append", required=True, help="may be given several times")
     generate.add_argument("-n", "--tokens", type=int, default=100, help="tokens to write after each prompt")
     generate.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token")
     generate.add_argument("--top-k", type=int, help="of so many most likely tokens")
     generate.add_argument("--top-p", type=float, help="of the fewest tokens that have this probability together")
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--seed", type=int, default=0, help="of the draws; the same seed writes the same")
     generate.add_argument("--ema", action="store_true", help="the averaged weights of a run with optim.ema")
     generate.add_argument(
         "--distill",

@@ -13,8 +13,12 @@ PICTURES = (".png", ".svg", ".pdf")
 def add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The parser of `seqengine eval`."""
     evaluate = commands.add_parser("eval", help="loss of a run, or of one checkpoint, on its validation windows")
-    evaluate.add_argument("target", metavar="RUN|CHECKPOINT", type=Path)
-    evaluate.add_argument("overrides", nargs="*", metavar="a.b=c")
+    evaluate.add_argument(
+        "target", metavar="RUN|CHECKPOINT", type=Path, help="a directory such as runs/a, or runs/a/ckpt/step-00000300"
+    )
+    evaluate.add_argument(
+        "overrides", nargs="*", metavar="a.b=c", help="settings in place of the run's, such as eval.windows=all"
+    )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.add_argument("--ema", action="store_true", help="the averaged weights of a run with optim.ema")
     evaluate.add_argument("--positions", action="store_true", help="also the loss by position in a window")

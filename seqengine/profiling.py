@@ -21,7 +21,7 @@ class Profiler:
 
     Call `step(n)` as step n begins, 1 for the first of a run, and `close` at the end, also after an exception: what was traced
     until then is written. A run that begins inside the window traces the rest of it. Other steps cost a comparison.
-    Raises InputError for log.memory_snapshot without CUDA.
+    Raises InputError for log.memory_snapshot without CUDA; RuntimeError as the window begins if another profiler runs.
     """
 
     def __init__(self, log: LogSection, run_dir: Path, rank: int, device: torch.device | None = None) -> None:
@@ -43,6 +43,10 @@ class Profiler:
             self.close()
 
     def _start(self, step: int) -> None:
+        if torch._C._autograd._profiler_enabled():  # torch would crash as it writes the second trace
+            raise RuntimeError(
+                "log.profile_step: another profiler runs in this process; end it, or set log.profile_step = 0."
+            )
         self._folder.mkdir(parents=True, exist_ok=True)
         self._name = f"rank-{self._rank}-step-{step}"
         activities = [ProfilerActivity.CPU]

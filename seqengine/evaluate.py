@@ -7,6 +7,7 @@ import torch
 
 from seqengine.backends.backend import arithmetic
 from seqengine.checkpoint.restore import restore_model
+from seqengine.config.data import TASKS
 from seqengine.config.run import RunConfig
 from seqengine.context_use import Part, by_context, by_position
 from seqengine.data.source import Source, Windows
@@ -31,7 +32,7 @@ class Evaluation:
     tokens: int
     windows: int
     accuracy: float | None = None
-    """Of a model with classes: the share of windows whose class is the likeliest. Its tokens are windows."""
+    """The share of answers that are told, where windows have some: a class (tokens are then windows), or those of a task."""
 
     @property
     def bits_per_token(self) -> float:
@@ -78,6 +79,11 @@ class CheckpointEvaluation:
         return "\n".join(lines)
 
 
+def has_answers(config: RunConfig) -> bool:
+    """Windows ask questions, few enough that their answers can be compared one by one."""
+    return config.data.source in TASKS and not config.model.num_classes
+
+
 class Stopped(Exception):  # noqa: N818  not an error
     """The run was asked to stop in the middle of an evaluation."""
 
@@ -110,7 +116,7 @@ def evaluate(
     finally:
         model.train(was_training)
     nats, tokens, correct = mesh.sum(*sums)
-    accuracy = correct / max(1.0, tokens) if config.model.num_classes else None
+    accuracy = correct / max(1.0, tokens) if config.model.num_classes or has_answers(config) else None
     return Evaluation(nats / max(1.0, tokens), int(tokens), chosen, accuracy)
 
 
@@ -137,7 +143,7 @@ def _sums(
         keys = sample_keys(config.run.seed, some or chosen[:1])
         ids, labels, options = examples(batch, keys, ctx, config, source, mesh.device)
         with arithmetic(config, mesh.device):
-            found = objective(ids, labels, **options)
+            found = objective(ids, labels, count_correct=has_answers(config), **options)
         if some:
             told = 0.0 if found.correct is None else float(found.correct)
             sums = [a + b for a, b in zip(sums, (float(found.nats.double()), float(found.tokens), told), strict=True)]

@@ -36,7 +36,7 @@ class Objective(NamedTuple):
     tokens: Tensor
     """What it is summed over, int64."""
     correct: Tensor | None = None
-    """Of classes: how many are told, int64."""
+    """How many are told, int64: of classes, and of tokens where asked for."""
 
 
 class LanguageModel(nn.Module):
@@ -182,13 +182,20 @@ class LanguageModel(nn.Module):
         dropout_keys: Tensor | None = None,
         mask: Tensor | None = None,
         z_loss: float = 0.0,
+        count_correct: bool = False,
     ) -> Objective:
         """`loss` with the z-loss added: z_loss times the sum over labelled tokens (or sequences) of logsumexp(logits)^2.
 
         It keeps the logarithm of the softmax's sum near zero (Chowdhery et al. 2022, arXiv:2204.02311, section 5).
+        count_correct: also how many labelled tokens are told; the logits of those tokens are then whole.
         """
         hidden = self.hidden(input_ids, ctx=ctx, dropout_keys=dropout_keys)
-        return self._objective(hidden, labels, ctx or SequenceContext.single(input_ids.shape[1]), mask, z_loss)
+        found = self._objective(hidden, labels, ctx or SequenceContext.single(input_ids.shape[1]), mask, z_loss)
+        if not count_correct or self.config.num_classes:
+            return found
+        asked = labels != -100
+        told = self.logits(hidden.detach()[asked]).argmax(dim=-1)
+        return found._replace(correct=(told == labels[asked]).sum())
 
     def _objective(
         self, hidden: Tensor, labels: Tensor, ctx: SequenceContext, mask: Tensor | None, z_loss: float

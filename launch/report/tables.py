@@ -95,7 +95,7 @@ def _place(line: Line) -> tuple[int, int]:
 
 def _evaluations(records: Sequence[Record]) -> Table:
     unit = token_name(records)
-    columns = ("run", "split", "which", "step", "tokens", "loss, nats", f"bits per {unit}", "windows")
+    columns = ("run", "split", "which", "step", "tokens", "loss, nats", f"bits per {unit}", "accuracy", "windows")
     table = Table("evaluations", "Evaluations", columns)
     for record in records:
         for split, lines in record.evaluations.items():
@@ -111,6 +111,7 @@ def _evaluations(records: Sequence[Record]) -> Table:
                         number(line["tokens"], "{:,}"),
                         number(line["loss"], "{:.6f}"),
                         number(line["bits_per_token"], "{:.6f}"),
+                        number(line.get("accuracy"), "{:.2%}"),
                         number(line.get("windows"), "{}"),
                     ]
                 )

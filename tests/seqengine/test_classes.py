@@ -5,9 +5,15 @@ import json
 import pytest
 import torch
 
+from seqengine.checkpoint.restore import restore_model
+from seqengine.data.recall import accuracy
+from seqengine.data.source import open_source
+from seqengine.data.stream import read_windows
 from seqengine.errors import InputError
 from seqengine.launch.cli import main
 from seqengine.metrics import read_metrics
+from seqengine.parallel.mesh import Mesh
+from seqengine.rundir import CheckpointTarget
 from tests.seqengine.runs import config, losses, train_on
 
 CONFIG = """
@@ -110,3 +116,38 @@ def test_classes_need_data_with_classes(folder):
         config(folder, "data.source=synthetic", "data.synthetic={ length = 9000 }")
     with pytest.raises(InputError, match=r"model\.num_classes"):
         config(folder, "model.num_classes=3")
+
+
+TASK = """
+[model]
+arch = "lm"
+d_model = 16
+n_layer = 1
+max_len = 16
+vocab_size = 32
+pattern = ["gla"]
+embed_dropout = 0.0
+mixers = { gla = { num_heads = 2 } }
+[data]
+source = "induction"
+seq_len = 16
+recall = { vocab = 8, examples = 64, valid_examples = 20 }
+[train]
+steps = 2
+batch_tokens = 128
+[eval]
+windows = 20
+"""
+
+
+@pytest.mark.parametrize(("ranks", "mesh"), [(1, ()), (2, ("parallel.sequence=2",))])
+def test_tasks_are_evaluated_by_their_answers(tmp_path, ranks, mesh):
+    (tmp_path / "test.toml").write_text(TASK)
+    train_on(ranks, tmp_path, EXACT, *mesh)
+    (line,) = (x for x in read_metrics(tmp_path / "run") if x.get("split") == "valid")
+    assert line["evaluated_tokens"] == 20, "only answers count"
+    settings = config(tmp_path, EXACT).config
+    model, _ = restore_model(CheckpointTarget.find(tmp_path / "run"), settings, Mesh.single(torch.device("cpu")))
+    batch = read_windows(open_source(settings.data).windows(16)["valid"], range(20), begin=0, end=16)
+    with torch.no_grad():
+        assert line["accuracy"] == accuracy(model.eval()(batch.ids), batch.labels)

@@ -172,9 +172,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, upstream: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:2]
-    lse = ctx.saved_tensors[3]
-    given = lse.new_zeros(()) if upstream is None else upstream
-    found = linear_cross_entropy_backward(given, *ctx.saved_tensors, *ctx.settings, *needs, d_lse)
+    saved = ctx.saved_tensors  # once: a checkpointed region gives them once
+    given = saved[3].new_zeros(()) if upstream is None else upstream
+    found = linear_cross_entropy_backward(given, *saved, *ctx.settings, *needs, d_lse)
     return (*(gradient if need else None for gradient, need in zip(found, needs, strict=True)), None, None, None, None)
 
 

@@ -96,7 +96,7 @@ def test_torchrun_trains_the_same_run_with_replicas(folder):
     assert [s for s, _ in one] == [s for s, _ in four]
     assert [x for _, x in four] == pytest.approx([x for _, x in one], abs=1e-4)
     environment = json.loads((folder / "runs/four/environment.json").read_text())
-    assert environment["mesh"] == {"replicate": 2, "sequence": 2}
+    assert environment["mesh"] == {"replicate": 2, "shard": 1, "sequence": 2, "backend": "none"}
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(folder):

@@ -24,18 +24,21 @@ MEETS = ("MASTER_ADDR", "MASTER_PORT")
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Sets exactly these variables, of those that launchers set."""
+    """Sets exactly these variables, of those that launchers set; what the code under test sets goes again, too."""
+    before = dict(os.environ)
     for name in list(os.environ):
         if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", *MEETS):
             monkeypatch.delenv(name)
-    for name in MEETS:  # what the code sets goes again too
+    for name in MEETS:
         monkeypatch.setenv(name, "")
 
     def set_all(variables):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
 
-    return set_all
+    yield set_all
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def without(*names):

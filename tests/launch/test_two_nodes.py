@@ -136,7 +136,7 @@ def test_a_sequence_over_two_nodes_trains_to_the_losses_of_one_node(nodes, tmp_p
     assert [(step, split) for step, split, _ in one] == [*((i, "train") for i in range(1, 7)), (6, "valid")]
     assert two == one
     mesh = json.loads((tmp_path / "runs/two/environment.json").read_text())["mesh"]
-    assert mesh == {"replicate": 1, "sequence": 2}
+    assert mesh == {"replicate": 1, "sequence": 2, "shard": 1, "backend": "none"}
     for node in nodes:
         (link,) = json.loads(ip("-n", node, "-j", "-s", "link", "show", CABLE))
         assert min(link["stats64"][way]["bytes"] for way in ("rx", "tx")) > 10_000, "the ranks did not use the cable"

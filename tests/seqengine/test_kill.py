@@ -162,6 +162,7 @@ class SingleLives:
 
 
 def _single(life: Life, loaded: Loaded, source: Source, sender: Any) -> None:
+    torch.set_num_threads(1)  # a forked process has none of the threads that its parent's OpenMP waits for
     try:
         sender.send(life.train(loaded, source, Mesh.single(CPU)))
     except BaseException:

@@ -89,8 +89,8 @@ def describe(line: Line, total_steps: int) -> str:
     head = f"step {line['step']:>{len(str(total_steps))}}/{total_steps}"
     loss = f"loss {line['loss']:.5f} nats  {line['bits_per_token']:.5f} bits/token"
     if "split" in line:
-        told = f"  accuracy {line['accuracy']:.2%}" if "accuracy" in line else ""
-        return f"{head}  {line['split']} {loss}{told}  ({line['windows']} windows)"
+        share = f"  accuracy {line['accuracy']:.2%}" if "accuracy" in line else ""
+        return f"{head}  {line['split']} {loss}{share}  ({line['windows']} windows)"
     told = dict(figures(line))
     mfu = f"  MFU {told['MFU']}" if "MFU" in told else ""
     return f"{head}  {loss}  lr {told['lr']}  grad {told['grad']}  {told['speed']}{mfu}  {told['memory']}"

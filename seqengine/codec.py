@@ -6,14 +6,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from seqengine.config.data import DataSection
+from seqengine.config.data import GENOMES, TASKS, DataSection
 from seqengine.data.source import Source
 from seqengine.data.text_tokenizer import ByteTokenizer, TextTokenizer, read_tokenizer
 from seqengine.data.tokenizer import A, T, decode, encode_exactly
 from seqengine.errors import InputError
+from seqengine.runfiles import write_whole
 
 TOKENIZER = "tokenizer.json"
-GENOMES = ("fasta", "synthetic")
 
 
 class Codec(Protocol):
@@ -69,9 +69,7 @@ def keep_tokenizer(source: Source, run_dir: Path) -> None:
     tokenizer = getattr(source, "tokenizer", None)
     if tokenizer is None or tokenizer.json is None:
         return
-    aside = run_dir / f".{TOKENIZER}.tmp"
-    aside.write_text(tokenizer.json, encoding="utf-8")
-    aside.replace(run_dir / TOKENIZER)
+    write_whole(run_dir / TOKENIZER, tokenizer.json)
 
 
 def codec_of(run_dir: Path, data: DataSection) -> Codec:
@@ -79,7 +77,7 @@ def codec_of(run_dir: Path, data: DataSection) -> Codec:
     kinds = {section.source for _, section in data.sources}
     if kinds <= set(GENOMES):
         return DnaCodec()
-    if kinds & {"recall", "induction", *GENOMES}:
+    if kinds & {*TASKS, *GENOMES}:
         raise InputError(f"generate: a run of {' and '.join(sorted(kinds))} has no text to begin with or to write.")
     file = run_dir / TOKENIZER
     if file.is_file():

@@ -14,13 +14,12 @@ from torch import Tensor
 from seqengine.backends.backend import arithmetic
 from seqengine.config.run import RunConfig
 from seqengine.data.source import Windows
-from seqengine.data.stream import validation_indices
 from seqengine.errors import InputError
+from seqengine.feed import validation_share
 from seqengine.kernels import api as kernels
 from seqengine.metrics import bits
 from seqengine.model import LanguageModel
 from seqengine.parallel.context import SequenceContext
-from seqengine.parallel.layout import offsets, split_sizes
 from seqengine.parallel.mesh import Mesh
 
 LAST_TOKENS = 64
@@ -56,7 +55,7 @@ def by_position(model: LanguageModel, windows: Windows, config: RunConfig, mesh:
         cuts.append(min(2 * cuts[-1], windows.seq_len))
     ctx = SequenceContext.even(mesh.sequence, windows.seq_len)
     sums = torch.zeros(len(cuts) - 1, 2, dtype=torch.float64)
-    for index in _my_windows(windows, config, mesh):
+    for index in validation_share(windows, config, mesh).mine:
         sums += _of_window(model, windows, index, 0, ctx, cuts, config, mesh)
     return [Part(a, b, *_mean(mesh, row)) for (a, b), row in zip(pairwise(cuts), sums, strict=True)]
 
@@ -75,7 +74,7 @@ def by_context(model: LanguageModel, windows: Windows, config: RunConfig, mesh: 
     for context in contexts:
         ctx = SequenceContext.even(mesh.sequence, context)
         sums = torch.zeros(1, 2, dtype=torch.float64)
-        for index in _my_windows(windows, config, mesh):
+        for index in validation_share(windows, config, mesh).mine:
             start = windows.seq_len - context
             sums += _of_window(model, windows, index, start, ctx, [context - told, context], config, mesh)
         found.append(Part(context - told, context, *_mean(mesh, sums[0])))
@@ -110,13 +109,6 @@ def _of_window(
             nats, count = kernels.linear_cross_entropy(hidden[:, here], model.head_weight, answers[:, here])
             sums[i] = torch.tensor([float(nats), float(count)], dtype=torch.float64)
     return sums
-
-
-def _my_windows(windows: Windows, config: RunConfig, mesh: Mesh) -> list[int]:
-    """This replica's share of the validation windows."""
-    chosen = validation_indices(len(windows), config.eval.windows)
-    bounds = offsets(split_sizes(len(chosen), mesh.num_replicas))
-    return chosen[bounds[mesh.replica] : bounds[mesh.replica + 1]]
 
 
 def _mean(mesh: Mesh, sums: Tensor) -> tuple[float, int]:

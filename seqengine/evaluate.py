@@ -11,12 +11,11 @@ from seqengine.config.data import TASKS
 from seqengine.config.run import RunConfig
 from seqengine.context_use import Part, by_context, by_position
 from seqengine.data.source import Source, Windows
-from seqengine.data.stream import read_windows, validation_indices
-from seqengine.feed import examples, most_windows, sample_keys
+from seqengine.data.stream import read_windows
+from seqengine.feed import examples, most_windows, sample_keys, validation_share
 from seqengine.metrics import bits
 from seqengine.model import LanguageModel, Objective
 from seqengine.parallel.context import SequenceContext
-from seqengine.parallel.layout import offsets, split_sizes
 from seqengine.parallel.mesh import Mesh
 from seqengine.rundir import CheckpointTarget
 
@@ -126,13 +125,10 @@ def _sums(
     """This rank's nats, labels and labels told, and the number of windows over all ranks."""
     ctx = SequenceContext.even(mesh.sequence, windows.seq_len)
     begin, end = ctx.bounds[ctx.rank], ctx.bounds[ctx.rank + 1]
-    chosen = validation_indices(len(windows), config.eval.windows)
-    sizes = split_sizes(len(chosen), mesh.num_replicas)
-    bounds = offsets(sizes)
-    mine = chosen[bounds[mesh.replica] : bounds[mesh.replica + 1]]
+    chosen, mine, most_of_any = validation_share(windows, config, mesh)
     most = 1 if config.data.has_documents else most_windows(windows.seq_len, mesh)
     sums = [0.0, 0.0, 0.0]
-    for start in range(0, max(sizes), most):
+    for start in range(0, most_of_any, most):
         if stop():
             raise Stopped
         some = mine[start : start + most]

@@ -13,15 +13,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from seqengine.config.data import GENOMES
 from seqengine.config.run import RunConfig
 from seqengine.data.contract import Batch
 from seqengine.data.masking import IGNORE, mask_tokens
 from seqengine.data.prefetch import Reader, Request
 from seqengine.data.source import Source, Windows
-from seqengine.data.stream import Stream
+from seqengine.data.stream import Stream, validation_indices
 from seqengine.data.windows import mix
 from seqengine.parallel.context import SequenceContext
+from seqengine.parallel.layout import offsets, split_sizes
 from seqengine.parallel.mesh import Mesh
+from seqengine.runfiles import LineLog, write_lines
 from seqengine.stages import Stage
 
 MICRO_BATCH_TOKENS = 1 << 16
@@ -101,6 +104,24 @@ def micro_batch_rows(rows: int, stage: Stage, config: RunConfig, mesh: Mesh) -> 
     return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= most)
 
 
+class Share(NamedTuple):
+    """Of the validation windows that are evaluated."""
+
+    all: list[int]
+    mine: list[int]
+    """This replica's."""
+    most: int
+    """As many as a replica has."""
+
+
+def validation_share(windows: Windows, config: RunConfig, mesh: Mesh) -> Share:
+    """`eval.windows` validation windows, shared out over replicas."""
+    chosen = validation_indices(len(windows), config.eval.windows)
+    sizes = split_sizes(len(chosen), mesh.num_replicas)
+    bounds = offsets(sizes)
+    return Share(chosen, chosen[bounds[mesh.replica] : bounds[mesh.replica + 1]], max(sizes))
+
+
 def most_windows(seq_len: int, mesh: Mesh) -> int:
     """Windows of which a rank's parts hold MICRO_BATCH_TOKENS, at least one."""
     return max(1, MICRO_BATCH_TOKENS * mesh.sequence_size // seq_len)
@@ -108,7 +129,7 @@ def most_windows(seq_len: int, mesh: Mesh) -> int:
 
 def every_token_counts(config: RunConfig) -> bool:
     """Every token has a label, so that nobody need count them."""
-    return config.model.causal and config.data.source in ("fasta", "synthetic")
+    return config.model.causal and config.data.source in GENOMES
 
 
 def sample_keys(seed: int, samples: Iterable[int]) -> Tensor:
@@ -157,42 +178,33 @@ def signed(word: int) -> int:
     return word - (1 << 64) if word >= 1 << 63 else word
 
 
-class SampleLog:
+class SampleLog(LineLog):
     """RUN/samples/rank-R.jsonl: which samples this rank read, a line a step. Opened at a step, it drops the lines after it.
 
     num_ranks: rank 0 drops them also from the files of ranks that an earlier life had and this one has not.
     """
 
     def __init__(self, run_dir: Path, rank: int, *, step: int, num_ranks: int = 1) -> None:
-        self._path = run_dir / "samples" / f"rank-{rank}.jsonl"
+        super().__init__(run_dir / "samples" / f"rank-{rank}.jsonl")
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if rank == 0:
             for path in self._path.parent.glob("rank-*.jsonl"):
                 if int(path.stem.removeprefix("rank-")) >= num_ranks:
-                    self._drop_after(path, step)
-        self._open(step)
-
-    def _open(self, step: int) -> None:
-        self._drop_after(self._path, step)
-        self._file = self._path.open("a", buffering=1)
-
-    @staticmethod
-    def _drop_after(path: Path, step: int) -> None:
-        old = path.read_text().splitlines() if path.is_file() else []
-        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= step]
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(line + "\n" for line in kept))
-        aside.replace(path)
+                    write_lines(path, _lines_until(path, step))
+        self.go_on_from(_lines_until(self._path, step))
 
     def rewind(self, step: int) -> None:
         """Drop the lines after `step`: the run went back to it."""
         self.close()
-        self._open(step)
+        self.go_on_from(_lines_until(self._path, step))
 
-    def write(self, step: int, stage: int, samples: list[int], windows: list[tuple[int, int]]) -> None:
+    def add(self, step: int, stage: int, samples: list[int], windows: list[tuple[int, int]]) -> None:
         """windows: (epoch, index) of each sample."""
-        line = {"step": step, "stage": stage, "samples": samples, "windows": windows}
-        self._file.write(json.dumps(line) + "\n")
+        self.write({"step": step, "stage": stage, "samples": samples, "windows": windows})
 
-    def close(self) -> None:
-        self._file.close()
+
+def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Those of a log up to a step; half a line of a life that was killed is none."""
+    texts = path.read_text().splitlines() if path.is_file() else []
+    lines = [json.loads(text) for text in texts if text.endswith("}")]
+    return [line for line in lines if line["step"] <= step]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from seqengine.errors import InputError
+from seqengine.runfiles import LineLog
 from seqengine.sinks import Events, Line, PlainLines, ProgressBar, Sink, TensorBoard, Wandb, WandbRun, describe
 
 __all__ = [
@@ -68,37 +69,28 @@ def _read_lines(path: Path) -> list[Line]:
     return lines
 
 
-class JsonLines:
+class JsonLines(LineLog):
     """Appends to metrics.jsonl. Lines that a resumed run repeats are dropped when it is opened.
 
     Those are the lines after `step`, and the evaluations of a run that is complete.
     """
 
     def __init__(self, run_dir: Path, *, step: int, total_steps: int) -> None:
+        super().__init__(run_dir / FILE)
         self._run_dir, self._total_steps = run_dir, total_steps
         self._open(step)
 
     def _open(self, step: int) -> None:
-        path = self._run_dir / FILE
-        kept = [line for line in read_metrics(self._run_dir) if step > 0 and not self._is_repeated(line, step)]
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        aside.replace(path)
-        self._file = path.open("a", buffering=1)
+        lines = read_metrics(self._run_dir)
+        self.go_on_from([line for line in lines if step > 0 and not self._is_repeated(line, step)])
 
     def _is_repeated(self, line: Line, step: int) -> bool:
         return bool(line["step"] > step or ("split" in line and line["step"] == step >= self._total_steps))
-
-    def write(self, line: Line) -> None:
-        self._file.write(json.dumps(line) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drop the lines after `step`: the run went back to it."""
         self.close()
         self._open(step)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class Metrics:

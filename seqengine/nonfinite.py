@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from seqengine.runfiles import write_whole
+
 NONFINITE = "nonfinite"
 
 
@@ -43,9 +45,7 @@ def write_report(
     }
     path = run_dir / NONFINITE / f"step-{step}-rank-{rank}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(report, indent=1) + "\n")
-    aside.replace(path)
+    write_whole(path, json.dumps(report, indent=1) + "\n")
     return path
 
 

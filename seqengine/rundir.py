@@ -11,14 +11,13 @@ import pydantic
 import torch
 
 import seqengine
-from seqengine.checkpoint.manifest import sync
 from seqengine.config.load import Loaded, load
 from seqengine.config.run import RunConfig
 from seqengine.config.values import Section
 from seqengine.config.write import changed, dump
 from seqengine.errors import InputError
 from seqengine.parallel.mesh import Mesh
-from seqengine.runfiles import check_place
+from seqengine.runfiles import check_place, write_whole
 
 CONFIG, ENVIRONMENT, CHECKPOINTS = "config.toml", "environment.json", "ckpt"
 MAY_CHANGE = ("run.dir", "run.name", "run.device", "train.steps", "train.tokens", "train.micro_batch", "train.nonfinite",
@@ -85,8 +84,9 @@ class RunDirectory:
         record = {"versions": versions(), "platform": platform.platform(), "mesh": mesh, "data_hash": data_hash}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            _write_whole(self.path / CONFIG, dump(loaded))
-            _write_whole(self.path / ENVIRONMENT, json.dumps({**record, "command": sys.argv}, indent=2) + "\n")
+            write_whole(self.path / CONFIG, dump(loaded), durable=True)
+            text = json.dumps({**record, "command": sys.argv}, indent=2) + "\n"
+            write_whole(self.path / ENVIRONMENT, text, durable=True)
         except OSError as error:
             raise InputError(
                 f"run.dir: {self.path} cannot be written: {error.strerror or error}. Make room, or set run.dir to another one."
@@ -120,14 +120,6 @@ def _is_key(config: RunConfig, name: str) -> bool:
             return False
         here = getattr(here, part)
     return True
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Whoever reads the file, a later life too, finds the old text or the new one, whenever this process dies."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    sync(aside)
-    aside.replace(path)
 
 
 def mesh_record(mesh: Mesh, backend: str) -> dict[str, int | str]:

@@ -1,13 +1,53 @@
-"""Whether a run can write where its directory is to be: told before anything is made."""
+"""Files of a run's directory: whether they can be written, told before anything is made, and how they are.
 
+A file is replaced whole, so that whoever reads it finds the old text or the new one; a log of JSON lines goes on from the lines
+that a life of the run keeps.
+"""
+
+import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+from seqengine.checkpoint.manifest import sync
 from seqengine.errors import InputError
 
 FOLDERS = ("ckpt", "heartbeat", "stacks", "samples", "nonfinite", "tensorboard")
 FILES = ("config.toml", "environment.json", "metrics.jsonl")
 REMEDY = "Move it away, or set run.dir to another directory."
+
+
+def write_whole(path: Path, text: str, *, durable: bool = False) -> None:
+    """Replace a file's text. durable: the new text is on the disk before the old one goes, whenever the machine dies."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    if durable:
+        sync(aside)
+    aside.replace(path)
+
+
+class LineLog:
+    """A file of JSON lines that a run appends to, line by line on the disk's way."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def go_on_from(self, kept: Iterable[Mapping[str, Any]]) -> None:
+        """Begin with these lines in place of what the file holds."""
+        write_lines(self._path, kept)
+        self._file = self._path.open("a", buffering=1)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """A JSON line for each, in place of what the file holds."""
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def check_place(run: Path) -> None:

@@ -192,7 +192,7 @@ class Trainer:
         if self.samples_log is not None:
             numbers = feed.sample_numbers(progress.samples)
             places = [feed.stream.window(n) for n in numbers]
-            self.samples_log.write(progress.step + 1, stage.index, numbers, places)
+            self.samples_log.add(progress.step + 1, stage.index, numbers, places)
         progress.step += 1
         progress.samples += stage.windows_per_step
         progress.tokens += config.train.batch_tokens

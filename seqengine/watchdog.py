@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from seqengine.runfiles import write_whole
+
 HEARTBEATS, STACKS, CALL = "heartbeat", "stacks", "call.json"
 """RUN/stacks/call.json: the last rank that was stuck, for the others to write their stacks too."""
 ENDED = "ended"
@@ -180,9 +182,7 @@ class Watchdog:
 
 def write_aside(path: Path, content: dict[str, Any]) -> None:
     """JSON that readers see whole or not at all."""
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(content) + "\n")
-    aside.replace(path)
+    write_whole(path, json.dumps(content) + "\n")
 
 
 def read_beats(run_dir: Path) -> list[Beat]:

@@ -9,6 +9,7 @@ from seqengine.launch.report.curves import charts
 from seqengine.launch.report.pages import CURVES, markdown, page
 from seqengine.launch.report.records import read_records
 from seqengine.launch.report.tables import tables
+from seqengine.runfiles import write_whole
 
 
 def build_report(run_dirs: Sequence[Path], out: Path) -> Path:
@@ -25,9 +26,7 @@ def build_report(run_dirs: Sequence[Path], out: Path) -> Path:
     try:
         (out / CURVES).mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            aside = out / f"{name}.tmp"
-            aside.write_text(text, encoding="utf-8")
-            aside.replace(out / name)
+            write_whole(out / name, text)
     except OSError as error:
         raise InputError(
             f"--out: {out} must be a folder that can be written; {error.strerror}. Give another one."

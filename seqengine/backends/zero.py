@@ -13,7 +13,7 @@ from torch import Tensor
 from seqengine.backends.backend import Backend
 from seqengine.backends.ddp import ObjectiveModule
 from seqengine.model import Objective
-from seqengine.optim import Optimizers, build_optimizer, set_learning_rate
+from seqengine.optim import build_optimizer
 from seqengine.parallel import zero
 
 
@@ -24,8 +24,8 @@ class Zero(Backend):
 
     def start(self) -> None:
         config, section = self.config, self.config.parallel
-        made = build_optimizer(self.model, config.optim)
-        (adamw,) = made.each
+        self.optimizers = build_optimizer(self.model, config.optim)
+        (adamw,) = self.optimizers.each
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,  # counts samples for DeepSpeed's own prints; micro-batches are ours
             "gradient_accumulation_steps": 1,
@@ -37,10 +37,6 @@ class Zero(Backend):
             ObjectiveModule(self.model, config, self.mesh), self.mesh, settings, optimizer=adamw
         )
         zero.prepare_moments(self._engine)
-        self.optimizers = Optimizers((adamw,))
-
-    def set_rate(self, rate: float) -> None:
-        set_learning_rate(self.optimizers, rate)
 
     def begin(self) -> None:
         """A step of DeepSpeed clears the gradients."""

@@ -20,7 +20,6 @@ from seqengine.config.load import Loaded, load
 from seqengine.config.run import RunConfig
 from seqengine.config.sections import RunSection, TrainSection
 from seqengine.config.write import changed, dump
-from seqengine.data.source import open_source
 from seqengine.data.stream import StreamState
 from seqengine.errors import InputError
 from seqengine.interop import formats
@@ -63,10 +62,8 @@ def import_weights(source: Path, run: Path, name: str | None, overrides: Sequenc
         raise InputError(f"{run}: exists; an import makes a new run. Name another directory.")
     model, form = formats.load(source, name)
     loaded = _settings(model, source, run, overrides)
-    data = loaded.config.data
-    check_run(loaded.config)
-    has_data = data.source != "fasta" or data.fasta is not None
-    data_hash = open_source(data).content_hash if has_data else ""
+    data = check_run(loaded.config).source
+    data_hash = "" if data is None else data.content_hash
     ours, difference = _copy_of(model, loaded.config, source)
     aside = run.absolute().with_name(f".{run.absolute().name}.{os.getpid()}.tmp")
     try:
@@ -87,7 +84,7 @@ def import_weights(source: Path, run: Path, name: str | None, overrides: Sequenc
         print(
             "tokens      a run reads DNA by HyenaDNA's ids, A 7 to N 11; weights that learnt others know nothing of them"
         )
-    if not has_data:
+    if data is None:
         print("data        none given: train and eval need data.fasta=GENOME.fa")
     return 0
 

@@ -137,7 +137,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if processes.launched:
         mesh_shape(loaded.config, processes)
     RunDirectory(loaded.config.run_dir).check_resumable(loaded, allowed)
-    check_run(loaded.config)
+    source = check_run(loaded.config).source or open_source(loaded.config.data)
     wanted = num_processes(loaded.config)
     if not processes.launched and (wanted > 1 or arguments.max_restarts):
         changes = [word for key in allowed for word in ("--allow-change", key)]
@@ -146,7 +146,7 @@ def _train(arguments: argparse.Namespace) -> int:
         return launch(words, wanted, max_restarts=arguments.max_restarts, signals=signals)
     with mesh_of(loaded.config, processes) as mesh:
         try:
-            train(loaded, open_source(loaded.config.data), mesh, allow_changes=allowed)
+            train(loaded, source, mesh, allow_changes=allowed)
         except Preempted as stop:
             _say(mesh.rank, str(stop))
             return PREEMPTED

@@ -24,6 +24,8 @@ class Summary:
     num_decayed: int
     num_windows: dict[str, int] | None
     """By split; None if no data are given."""
+    source: Source | None
+    """The data, opened; None if none are given."""
 
     def describe(self) -> str:
         c = self.config
@@ -91,7 +93,7 @@ def check_run(config: RunConfig) -> Summary:
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     settings = group_settings(sizes, config.optim, model.rules)
     decayed = sum(size for name, size in sizes.items() if settings[name][0] > 0)
-    num_windows = None
+    source, num_windows = None, None
     if config.data.is_given:
         source = open_source(config.data)
         check_source(source, config)
@@ -99,4 +101,4 @@ def check_run(config: RunConfig) -> Summary:
         for stage in stages_of(config):
             source.windows(stage.seq_len, ("train",))
         num_windows = {split: len(of_split) for split, of_split in windows.items()}
-    return Summary(config, sum(sizes.values()), decayed, num_windows)
+    return Summary(config, sum(sizes.values()), decayed, num_windows, source)

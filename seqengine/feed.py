@@ -20,7 +20,7 @@ from seqengine.data.masking import IGNORE, mask_tokens
 from seqengine.data.prefetch import Reader, Request
 from seqengine.data.source import Source, Windows
 from seqengine.data.stream import Stream, validation_indices
-from seqengine.data.windows import mix
+from seqengine.data.tiles import mix
 from seqengine.parallel.context import SequenceContext
 from seqengine.parallel.layout import offsets, split_sizes
 from seqengine.parallel.mesh import Mesh

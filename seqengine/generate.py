@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seqengine.data.windows import mix
+from seqengine.data.tiles import mix
 from seqengine.mixers.mixer import START
 from seqengine.model import LanguageModel, ModelState
 from seqengine.states import select_rows, stack_states

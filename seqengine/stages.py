@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from seqengine.config.run import RunConfig
-from seqengine.data.windows import mix
+from seqengine.data.tiles import mix
 
 _ORDER = 3  # what a word is drawn for, apart from the draws of one window
 

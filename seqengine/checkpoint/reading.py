@@ -105,7 +105,8 @@ class TensorReader:
 
     def empty(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Tensors of the right kind to read into."""
-        return {name: torch.empty(self.shapes[name], dtype=self.dtypes[name]) for name in names}
+        found = {name: self._tensors[name] for name in names}
+        return {name: torch.empty(of.size, dtype=of.properties.dtype) for name, of in found.items()}
 
     def mismatches(
         self, tensors: Mapping[str, Tensor], *, prefixes: Sequence[str], rank: int, others: Collection[str] = ()

@@ -12,7 +12,7 @@ import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -50,7 +50,7 @@ class _Flight:
 
     thread: threading.Thread | None = None
     directory: Path | None = None
-    failure: BaseException | None = field(default=None)
+    failure: BaseException | None = None
 
     def result(self) -> Path | None:
         if self.thread is not None:

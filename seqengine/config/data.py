@@ -14,6 +14,10 @@ GENERATED = ("listops", "pathfinder")
 FOLDERS = ("class_folders", "cifar10", "aan")
 LABELLED = (*GENERATED, *FOLDERS)
 """Sources whose sequences have classes."""
+CLASSES = {"listops": 10, "pathfinder": 2, "cifar10": 10, "aan": 2}
+"""Of sources that have always as many; those of class_folders are counted when they are read."""
+PIXELS = 1024
+"""Of a picture of cifar10."""
 
 
 class SyntheticSection(Section):

@@ -3,7 +3,18 @@
 import math
 from collections.abc import Callable, Iterator
 
-from seqengine.config.data import FOLDERS, GENOMES, LABELLED, PACKED, TASKS, TEXTS, DataSection, SourceSection
+from seqengine.config.data import (
+    CLASSES,
+    FOLDERS,
+    GENOMES,
+    LABELLED,
+    PACKED,
+    PIXELS,
+    TASKS,
+    TEXTS,
+    DataSection,
+    SourceSection,
+)
 from seqengine.config.mesh_checks import Problem
 from seqengine.config.model import ModelConfig
 from seqengine.config.sections import TrainSection
@@ -13,9 +24,7 @@ DNA_SYMBOLS = 12
 """Token ids of the published HyenaDNA alphabet: 0 to 6 special, 7 to 11 A, C, G, T, N."""
 BYTE_SYMBOLS = 258
 """256 bytes, the end of a document, and the mask."""
-LISTOPS_SYMBOLS, PAIR_SYMBOLS, PIXELS = 17, 259, 1024
-CLASSES = {"listops": 10, "pathfinder": 2, "cifar10": 10, "aan": 2}
-"""Of sources that have always as many; those of class_folders are counted when they are read."""
+LISTOPS_SYMBOLS, PAIR_SYMBOLS = 17, 259
 READERS: dict[str, tuple[str, ...]] = {
     "fasta": ("fasta",),
     "bed": ("fasta",),
@@ -40,13 +49,7 @@ def keys_are_read(data: DataSection) -> Iterator[Problem]:
     if data.source == "mixture":
         tables += data.sources
     for place, section in tables:
-        given = [
-            name
-            for name, sources in READERS.items()
-            if getattr(section, name) and section.source not in sources and section.source != "mixture"
-        ]
-        if section.source == "mixture":
-            given = [name for name in READERS if getattr(section, name)]
+        given = [name for name, sources in READERS.items() if getattr(section, name) and section.source not in sources]
         if given:
             keys = tuple(f"{place}.{name}" for name in given)
             readers = " or ".join(f"'{source}'" for source in READERS[given[0]])
@@ -154,13 +157,18 @@ def mixers_stand_apart(model: ModelConfig, data: DataSection) -> Iterator[Proble
         )
 
 
+def _seq_lens(data: DataSection) -> list[tuple[str, int]]:
+    """Every length of window, by its key."""
+    stages = [(f"data.stages[{i}].seq_len", stage.seq_len) for i, stage in enumerate(data.stages)]
+    return stages or [("data.seq_len", data.seq_len)]
+
+
 def examples_fit(data: DataSection) -> Iterator[Problem]:
     """An example of a task fills a window: pairs, or a mark and its answer."""
-    lengths = [(f"data.stages[{i}].seq_len", stage.seq_len) for i, stage in enumerate(data.stages)]
     for place, section in data.sources:
         if section.source not in TASKS:
             continue
-        for key, length in lengths or [("data.seq_len", data.seq_len)]:
+        for key, length in _seq_lens(data):
             if length < 6 or length % 2:
                 yield Problem(
                     (key, f"{place}.source"),
@@ -176,8 +184,7 @@ def sequences_fit(data: DataSection) -> Iterator[Problem]:
     drawing, of = data.pathfinder, data.listops
     longest = {"listops": of.max_length, "pathfinder": drawing.size**2, "cifar10": PIXELS, "aan": 3}.get(data.source, 1)
     key = {"listops": "data.listops.max_length", "pathfinder": "data.pathfinder.size"}.get(data.source, "data.source")
-    stages = [(f"data.stages[{i}].seq_len", stage.seq_len) for i, stage in enumerate(data.stages)]
-    for length_key, length in stages or [("data.seq_len", data.seq_len)]:
+    for length_key, length in _seq_lens(data):
         if length < longest:
             yield Problem(
                 (length_key, key),

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ Entry = TypeVar("Entry")
 _log = logging.getLogger(__name__)
 
 
-def digest(identity: Mapping[str, Any]) -> str:
+def digest(identity: Mapping[str, Any] | Sequence[Any]) -> str:
     """sha256, in hex, of what makes an entry the same entry."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 

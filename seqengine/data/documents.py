@@ -77,14 +77,7 @@ def byte_pieces(path: Path) -> Iterator[Piece]:
 
 def split_document(document: bytes) -> Iterator[Piece]:
     """A whole document of text as pieces."""
-    rest = memoryview(document)
-    if not document.strip():
-        return
-    while len(rest) > PIECE_BYTES:
-        cut = _cut(bytes(rest[: PIECE_BYTES + 1]))
-        yield Piece(bytes(rest[:cut]), False)
-        rest = rest[cut:]
-    yield Piece(bytes(rest), True)
+    return (Piece(data, ends) for _, data, ends in _flushed(document, 0, False))
 
 
 @contextmanager
@@ -151,11 +144,12 @@ def _flushed(rest: bytes, at: int, is_inside: bool) -> Iterator[tuple[int, bytes
     """The rest of a document, its earlier pieces given out if `is_inside`."""
     if not is_inside and not rest.strip():
         return
-    while len(rest) > PIECE_BYTES:
-        cut = _cut(rest[: PIECE_BYTES + 1])
-        yield at, rest[:cut], False
-        rest, at = rest[cut:], at + cut
-    yield at, rest, True
+    left = memoryview(rest)  # else each cut would copy what is left
+    while len(left) > PIECE_BYTES:
+        cut = _cut(bytes(left[: PIECE_BYTES + 1]))
+        yield at, bytes(left[:cut]), False
+        left, at = left[cut:], at + cut
+    yield at, bytes(left), True
 
 
 def _cut(head: bytes) -> int:

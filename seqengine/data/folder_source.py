@@ -25,7 +25,7 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
-from seqengine.config.data import SourceSection
+from seqengine.config.data import CLASSES, PIXELS, SourceSection
 from seqengine.data.cache import digest
 from seqengine.data.class_folders import ClassFolders
 from seqengine.data.contract import IntArray
@@ -33,7 +33,6 @@ from seqengine.data.labelled import BYTES, LabelledWindows, Sequences, Vocabular
 from seqengine.data.packed_sequences import PackedSequences, Row, files_identity, pack_sequences
 from seqengine.errors import InputError
 
-PIXELS = 1024
 RECORD = 1 + 3 * PIXELS
 """Bytes of a picture in the files of CIFAR-10: its class, then its red, green and blue pixels."""
 TRAINING_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
@@ -153,9 +152,7 @@ class FolderSource:
         self.vocab_size, self.pad_id = ids.vocab_size, ids.pad_id
         self.mask_id: int | None = ids.mask_id
         self.replacements: range | None = ids.replacements
-        self.num_classes: int | None = (
-            len(self._classes.names) if self._classes else {"cifar10": 10, "aan": 2}[section.source]
-        )
+        self.num_classes: int | None = len(self._classes.names) if self._classes else CLASSES[section.source]
         self._splits: dict[str, tuple[PackedSequences, range]] = {}
         parts = [self._split(split) for split in ("train", "valid")]
         identity = [[packed.content_hash, rows.start, rows.stop] for packed, rows in parts]

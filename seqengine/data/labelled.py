@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from seqengine.data.contract import IGNORE, IntArray
-from seqengine.data.tiles import is_reverse
+from seqengine.data.tiles import check_index, check_slice, is_reverse
 from seqengine.data.tokenizer import reverse_complement
 
 
@@ -76,8 +76,7 @@ class LabelledWindows:
     ) -> tuple[IntArray, IntArray, None]:
         """Inputs and labels of tokens [begin, end) of a window: int64 [end - begin] each."""
         row = self._row(index)
-        if not 0 <= begin <= end <= self.seq_len:
-            raise ValueError(f"Windows.read: needs 0 <= begin <= end <= {self.seq_len}; got {begin} and {end}")
+        check_slice(begin, end, self.seq_len)
         ids = self.sequences.ids(row, self.seq_len)
         if training and is_reverse(index, seed=seed, epoch=epoch, rc_prob=self.rc_prob):
             ids = reverse_complement(ids.astype(np.uint8))
@@ -88,6 +87,5 @@ class LabelledWindows:
         return window[begin:end].copy(), labels, None
 
     def _row(self, index: int) -> int:
-        if not 0 <= index < len(self.rows):
-            raise IndexError(f"Windows: index must be in 0..{len(self.rows) - 1}; got {index}")
+        check_index(index, len(self.rows))
         return self.rows[index]

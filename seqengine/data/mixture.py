@@ -6,8 +6,6 @@ those that a run on it alone would read, with a seed of its own. So any stretch 
 nothing has to be remembered to go on from any sample.
 """
 
-import hashlib
-import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -15,9 +13,10 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
+from seqengine.data.cache import digest
 from seqengine.data.contract import IntArray, Order, Ordered, Source, Windows
 from seqengine.data.order import Shuffle, permutation
-from seqengine.data.tiles import mix
+from seqengine.data.tiles import check_index, mix
 
 PERIOD = 1000
 """Slots in which a mixture keeps its weights exactly; `data.mix.weight` is kept to one part of it."""
@@ -84,8 +83,7 @@ class MixedWindows:
 
     def source_of(self, index: int) -> int:
         """The source that a window is of. Raises: IndexError for an index outside 0 .. len - 1."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"Windows: index must be in 0..{len(self) - 1}; got {index}")
+        check_index(index, len(self))
         return bisect_right(self.first_index, index) - 1
 
     def read(
@@ -121,7 +119,7 @@ class MixtureSource:
         self.mask_id, self.replacements = masks.pop() if len(masks) == 1 else (None, None)
         self.num_classes: int | None = None
         identity = [[source.content_hash, slots] for source, slots in zip(self.sources, self.slots, strict=True)]
-        self.content_hash = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        self.content_hash = digest(identity)
 
     def windows(self, seq_len: int, splits: Sequence[str] = ("train", "valid")) -> dict[str, MixedWindows]:
         """The windows of each split, of all sources. Raises: InputError for a source without a window in a split."""

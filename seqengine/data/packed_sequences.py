@@ -118,7 +118,7 @@ def _write(directory: Path, rows: Iterator[Row], identity: dict[str, Any]) -> No
             file.flush()
             os.fsync(file.fileno())
         parts.append(hashlib.sha256(values.tobytes()).hexdigest())
-    content_hash = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    content_hash = digest(parts)
     counts = {"num_sequences": len(classes), "num_tokens": bounds[-1]}
     write_json(directory / INDEX_FILE, {**identity, **counts, "content_hash": content_hash})
 

@@ -154,7 +154,7 @@ def _write(directory: Path, corpus: Corpus, tokenizer: TextTokenizer, identity: 
         "dtype": dtype,
         "end": tokenizer.end,
     }
-    content_hash = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    content_hash = digest(parts)
     write_json(directory / INDEX_FILE, {**identity, **counts, "content_hash": content_hash})
     _log.info("packed %s: %d tokens in %d documents", corpus.name, writer.num_tokens, writer.num_documents)
 

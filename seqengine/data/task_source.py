@@ -1,13 +1,12 @@
 """The tasks recall and induction as sources: a window is an example, made when it is read."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 
 from seqengine.config.data import SourceSection
+from seqengine.data.cache import digest
 from seqengine.data.contract import IntArray
 from seqengine.data.recall import RecallTask, Task
-from seqengine.data.tiles import mix
+from seqengine.data.tiles import check_index, check_slice, mix
 from seqengine.errors import InputError
 
 _VALID = 1 << 32  # what a word is drawn for: the seed of validation examples
@@ -30,10 +29,8 @@ class TaskWindows:
         self, index: int, begin: int, end: int, *, seed: int = 0, epoch: int = 0, training: bool = False
     ) -> tuple[IntArray, IntArray, None]:
         """An example, whatever the run's seed: the run's seed only orders them."""
-        if not 0 <= index < self.count:
-            raise IndexError(f"Windows: index must be in 0..{self.count - 1}; got {index}")
-        if not 0 <= begin <= end <= self.seq_len:
-            raise ValueError(f"Windows.read: needs 0 <= begin <= end <= {self.seq_len}; got {begin} and {end}")
+        check_index(index, self.count)
+        check_slice(begin, end, self.seq_len)
         number = epoch * self.count + index if training and self.anew else index
         ids, labels = self.task.batch(number, 1, every=self.every)
         return ids[0, begin:end].numpy(), labels[0, begin:end].numpy(), None
@@ -50,7 +47,7 @@ class TaskSource:
         self.replacements: range | None = None
         self.num_classes: int | None = None
         identity = {"task": task, **self._section.model_dump()}
-        self.content_hash = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.content_hash = digest(identity)
 
     def windows(self, seq_len: int, splits: Sequence[str] = ("train", "valid")) -> dict[str, TaskWindows]:
         """Examples of `seq_len` tokens. Raises: InputError for a length that the task does not have, and another split."""

@@ -1,18 +1,17 @@
 """Packed documents as a source: windows across or within documents, and what a label is at a document's end."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from seqengine.config.data import SourceSection
+from seqengine.data.cache import digest
 from seqengine.data.contract import IGNORE, IntArray
 from seqengine.data.corpus import open_corpora
 from seqengine.data.packed_text import PackedText, num_valid, pack_and_train, pack_text
 from seqengine.data.text_tokenizer import ByteTokenizer, TextTokenizer, read_tokenizer
-from seqengine.data.tiles import Region, Tiles, WindowMode
+from seqengine.data.tiles import Region, Tiles, WindowMode, check_slice
 from seqengine.errors import InputError
 
 
@@ -37,7 +36,7 @@ class TextWindows(Tiles):
 
         Traffic: reads end - begin + 1 tokens of the file and no other, and the boundaries inside the window.
         """
-        self.check_slice(begin, end)
+        check_slice(begin, end, self.seq_len)
         start = self.start(index, seed=seed, epoch=epoch, window=self.mode if training else "tile")
         tokens = self.packed.tokens()[start + begin : start + end + 1]
         inputs = np.array(tokens[:-1] if begin < end else tokens[:0])
@@ -75,7 +74,7 @@ class TextSource:
         self.replacements = None if self.mask_id is None else self.tokenizer.replacements
         self.num_classes: int | None = None
         hashes = [part.content_hash for part in (self.train, self.valid) if part is not None]
-        self.content_hash = hashes[0] if self.valid is None else hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+        self.content_hash = hashes[0] if self.valid is None else digest(hashes)
 
     def windows(self, seq_len: int, splits: Sequence[str] = ("train", "valid")) -> dict[str, TextWindows]:
         """The windows of each split. Raises: InputError for a split without a window."""

@@ -76,8 +76,7 @@ class Tiles:
 
         Raises: IndexError for an index outside 0 .. len - 1.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"Windows: index must be in 0..{len(self) - 1}; got {index}")
+        check_index(index, len(self))
         at = bisect_right(self._before, index) - 1
         region = self._regions[at]
         start = region.start + (index - self._before[at]) * self.seq_len
@@ -87,7 +86,14 @@ class Tiles:
         shift = ((mix(_SHIFT, seed, epoch, index) * (2 * half + 1)) >> 64) - half
         return min(max(start + shift, region.start), region.end - self.seq_len - 1)
 
-    def check_slice(self, begin: int, end: int) -> None:
-        """Raises: ValueError unless 0 <= begin <= end <= T."""
-        if not 0 <= begin <= end <= self.seq_len:
-            raise ValueError(f"Windows.read: needs 0 <= begin <= end <= {self.seq_len}; got {begin} and {end}")
+
+def check_index(index: int, count: int) -> None:
+    """Raises: IndexError for an index outside 0 .. count - 1."""
+    if not 0 <= index < count:
+        raise IndexError(f"Windows: index must be in 0..{count - 1}; got {index}")
+
+
+def check_slice(begin: int, end: int, seq_len: int) -> None:
+    """Raises: ValueError unless 0 <= begin <= end <= seq_len."""
+    if not 0 <= begin <= end <= seq_len:
+        raise ValueError(f"Windows.read: needs 0 <= begin <= end <= {seq_len}; got {begin} and {end}")

@@ -7,11 +7,11 @@ import numpy as np
 from seqengine.config.data import DataSection, SourceSection
 from seqengine.data.bed import SPLITS, Interval, read_bed
 from seqengine.data.packed import PackedGenome
-from seqengine.data.tiles import Region, Tiles, WindowMode, is_reverse, mix
+from seqengine.data.tiles import Region, Tiles, WindowMode, check_slice, is_reverse
 from seqengine.data.tokenizer import Ids, reverse_complement
 from seqengine.errors import InputError
 
-__all__ = ["Region", "Windows", "genome_windows", "is_reverse", "mix", "regions", "split_windows"]
+__all__ = ["Region", "Windows", "genome_windows", "is_reverse", "regions", "split_windows"]
 
 
 def regions(
@@ -142,7 +142,7 @@ class Windows(Tiles):
         Traffic: reads end - begin + 1 bases of the file and no other: a rank reads its shard, not the window.
         Raises: ValueError unless 0 <= begin <= end <= T.
         """
-        self.check_slice(begin, end)
+        check_slice(begin, end, self.seq_len)
         start = self.start(index, seed=seed, epoch=epoch, window=window)
         if begin == end:
             return np.empty(0, dtype=np.uint8), np.empty(0, dtype=np.uint8)

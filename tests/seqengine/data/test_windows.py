@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from seqengine.config.data import DataSection
 from seqengine.data.bed import Interval
 from seqengine.data.packed import PackedRecord, pack
+from seqengine.data.tiles import mix
 from seqengine.data.tokenizer import decode
-from seqengine.data.windows import Region, Windows, is_reverse, mix, regions, split_windows
+from seqengine.data.windows import Region, Windows, is_reverse, regions, split_windows
 from seqengine.errors import InputError
 
 

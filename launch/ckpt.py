@@ -21,7 +21,7 @@ from seqengine.config.run import RunConfig
 from seqengine.config.sections import RunSection, TrainSection
 from seqengine.config.write import changed, dump
 from seqengine.data.stream import StreamState
-from seqengine.errors import InputError
+from seqengine.errors import FAILED, InputError
 from seqengine.interop import formats
 from seqengine.interop.files import check_target
 from seqengine.model import LanguageModel, build_model
@@ -29,7 +29,6 @@ from seqengine.optim import build_optimizer
 from seqengine.parallel.mesh import Mesh
 from seqengine.rundir import CheckpointTarget, RunDirectory, mesh_record, versions
 
-FAILED = 1
 STEPS, WINDOWS, SEQ_LEN = 1000, 16, 1024
 """Of an imported run whose settings say nothing else: steps, windows a step, and most tokens of a window."""
 CHOSEN = ("run.name", "run.dir", "data.seq_len", "train.steps", "train.batch_tokens", "precision.params")

@@ -7,9 +7,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from seqengine.errors import InputError
+from seqengine.errors import BAD_INPUT, FAILED, PREEMPTED, InputError
 from seqengine.launch.cli_ckpt import add_ckpt
 from seqengine.launch.cli_eval import add_eval
 from seqengine.launch.cli_launch import add_launch
@@ -17,11 +16,6 @@ from seqengine.launch.cli_plan import add_plan
 from seqengine.launch.cli_processes import launch, num_processes
 from seqengine.launch.cli_report import add_report
 from seqengine.launch.cli_watch import add_watch
-
-if TYPE_CHECKING:
-    pass
-
-FAILED, BAD_INPUT, PREEMPTED = 1, 2, 75
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,6 +21,7 @@ from seqengine.data.packed import PackedGenome, pack
 from seqengine.data.stream import validation_indices
 from seqengine.data.synthetic import entropy_floor
 from seqengine.data.windows import Windows, split_windows
+from seqengine.errors import FAILED
 from seqengine.launch.curve import draw_curve
 from seqengine.metrics import bits, read_metrics
 
@@ -53,7 +54,7 @@ def run_demo(fasta: Path | None, overrides: Sequence[str]) -> int:
     )
     if difference > TOLERANCE_NATS:
         print(f"seqengine: the two losses must agree to {TOLERANCE_NATS:g} nats", file=sys.stderr)
-        return 1
+        return FAILED
     levels = _levels(config)
     _print_table(levels, bits(alone))
     curve = draw_curve(run_dir, run_dir / "curve.png", levels)

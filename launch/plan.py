@@ -11,6 +11,7 @@ from seqengine.config.load import load
 from seqengine.config.run import RunConfig
 from seqengine.errors import InputError
 from seqengine.feed import micro_batch_rows
+from seqengine.launch.cli_processes import num_processes
 from seqengine.launch.environment import Processes
 from seqengine.launch.plan_tables import show
 from seqengine.launch.planning.rates import MARK, Machine, find_machine
@@ -40,10 +41,6 @@ class RunPlan:
     stages: tuple[Stage, ...]
     chosen: Candidate | None
     found: Found | None
-
-    @property
-    def ranks(self) -> int:
-        return self.nodes * self.gpus_per_node
 
 
 def make_plan(
@@ -77,9 +74,7 @@ def _machines(config: RunConfig, nodes: int | None, gpus_per_node: int | None) -
         if value is not None and value < 1:
             raise InputError(f"{option}: must be at least 1; got {value}.")
     if gpus_per_node is None:
-        parallel = config.parallel
-        copies, shards = (n if isinstance(n, int) else 1 for n in (parallel.replicate, parallel.shard))
-        gpus_per_node = copies * shards * parallel.sequence if nodes is None else GPUS_PER_NODE
+        gpus_per_node = num_processes(config) if nodes is None else GPUS_PER_NODE
     ranks = (nodes or 1) * gpus_per_node
     if ranks > MOST_RANKS:
         raise InputError(f"--nodes x --gpus-per-node: at most {MOST_RANKS:,} ranks can be planned; got {ranks:,}.")

@@ -11,10 +11,10 @@ from seqengine.launch.environment import Processes
 from seqengine.launch.process import mesh_shape
 
 SCHEDULERS = ("slurm", "torchrun", "local")
-RUNTIMES = ("pyxis", "apptainer")
 SIGNAL_SECONDS, MAX_REQUEUES, PORT = 180, 100, 29500
 MOST_SIGNAL_SECONDS = 65535
 """What Slurm takes for --signal."""
+MOST_PORT = 65535
 OURS = ("array", "chdir", "error", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "requeue", "signal")
 """Options of sbatch that the script sets itself, and must."""
 GPU_OPTIONS = ("gres", "gpus", "gpus-per-node", "gpus-per-task")
@@ -93,8 +93,8 @@ def _number_problems(request: Request) -> Iterator[str]:
             yield f"{_option(name)}: must be at least {low}; got {value}."
     if (request.signal_seconds or 0) > MOST_SIGNAL_SECONDS:
         yield f"--signal-seconds: must be at most {MOST_SIGNAL_SECONDS}; got {request.signal_seconds}."
-    if (request.master_port or 0) > MOST_SIGNAL_SECONDS:
-        yield f"--master-port: must be at most 65535; got {request.master_port}."
+    if (request.master_port or 0) > MOST_PORT:
+        yield f"--master-port: must be at most {MOST_PORT}; got {request.master_port}."
     if request.scheduler == "local" and request.nodes > 1:
         yield f"--nodes: must be 1 with --scheduler local; got {request.nodes}. Use slurm or torchrun for more."
 

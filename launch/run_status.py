@@ -120,7 +120,7 @@ def read_status(run_dir: Path, lines: list[Line], stuck_after: float) -> Status:
     if not (run_dir / CONFIG).is_file() and not (run_dir / HEARTBEATS).is_dir():
         return Status(run_dir, "absent")
     config = RunDirectory(run_dir).read_config(need_data=False).config if (run_dir / CONFIG).is_file() else None
-    beats, stuck = _heartbeats(run_dir, stuck_after)
+    beats, stuck = read_beats(run_dir), stuck_ranks(run_dir, stuck_after)
     training = next((line for line in reversed(lines) if "split" not in line), None)
     newest = {line["split"]: line for line in lines if "split" in line}
     last = max((line["step"] for line in lines), default=0)
@@ -134,20 +134,6 @@ def read_status(run_dir: Path, lines: list[Line], stuck_after: float) -> Status:
     starts = sum(event["event"] == "start" for event in read_events(run_dir))
     found = tuple(beats), tuple(stuck), starts, time.time()
     return Status(run_dir, state, config, training, tuple(newest.values()), *found)
-
-
-def _heartbeats(run_dir: Path, stuck_after: float) -> tuple[list[Beat], list[Beat]]:
-    """All, and those that are late. A run that restarts on fewer ranks takes files away while they are read."""
-    for _ in range(3):
-        try:
-            return read_beats(run_dir), stuck_ranks(run_dir, stuck_after)
-        except FileNotFoundError:
-            time.sleep(0.05)
-        except (ValueError, TypeError) as error:
-            raise InputError(
-                f"{run_dir / HEARTBEATS}: a heartbeat cannot be read: {error}. Delete the folder."
-            ) from error
-    return [], []
 
 
 def summary(status: Status) -> list[tuple[str, str]]:

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from seqengine.errors import BAD_INPUT, FAILED, PREEMPTED
 from seqengine.launch.environment import FIRST_PORT, NUM_PORTS
 from seqengine.launch.request import GPU_OPTIONS, MAX_REQUEUES, PORT, SIGNAL_SECONDS, Request
+from seqengine.launch.torchrun import SHUTDOWN_SECONDS
 
 NONE = "-"
 """To a task (see `launch/task.py`): no file."""
-SHUTDOWN_SECONDS = 300
-"""torchrun's agent gives its workers so long to save after SIGTERM."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ while :; do
     code=$?
     [ -n "$signalled" ] || break
 done"""
-_END = """\
+_END = f"""\
 if [ "$code" = 0 ] && [ -e "$preempted" ]; then
-    code=75
+    code={PREEMPTED}
 fi
 rm -f "$preempted" "$run/stop"
-if [ "$code" != 75 ]; then
+if [ "$code" != {PREEMPTED} ]; then
     exit "$code"
 fi
 state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
@@ -169,7 +169,7 @@ def _environment(request: Request) -> Iterator[str]:
     for line in request.setup:
         failed = f"seqengine: this line of --setup failed: {line}"
         yield line
-        yield f"[ $? = 0 ] || {{ echo {shlex.quote(failed)} >&2; exit 1; }}"
+        yield f"[ $? = 0 ] || {{ echo {shlex.quote(failed)} >&2; exit {FAILED}; }}"
     yield f"export PYTHONUNBUFFERED=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT={SHUTDOWN_SECONDS} TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
 
 
@@ -179,9 +179,10 @@ def _exports(request: Request) -> Iterator[str]:
         yield f"export {name}={shlex.quote(value)}"
 
 
-def _train(request: Request, place: Place) -> str:
+def train_words(request: Request, place: Place) -> list[str]:
+    """The words of `seqengine train` for every process of the run."""
     allowed = [word for key in request.allow_change for word in ("--allow-change", key)]
-    return shlex.join(["train", str(place.config), *allowed])
+    return ["train", str(place.config), *allowed]
 
 
 def _step(request: Request, each: int, place: Place, python: str) -> list[str]:
@@ -197,7 +198,7 @@ def _step(request: Request, each: int, place: Place, python: str) -> list[str]:
         f"--output={shlex.quote(log)}",
         *options,
     ]
-    tail = f'"$preempted" {_train(request, place)}'
+    tail = f'"$preempted" {shlex.join(train_words(request, place))}'
     if not by_node:
         ignore = """sh -c 'trap "" USR1; exec "$@"' task"""
         return [*words, f"{ignore} {shlex.join([*inside, python])} -m seqengine.launch.task", f"{NONE} {tail}"]
@@ -231,18 +232,18 @@ case "$node" in
 esac
 if [ "$node" -ge {nodes} ]; then
     echo "seqengine: say which of the nodes this is, 0 to {last}: bash $0 NODE" >&2
-    exit 2
+    exit {bad_input}
 fi"""
 _NODE_SIGNALS = """\
 trap '' USR1  # torchrun would die of it
 trap 'signalled=1' INT  # a terminal sends it to torchrun too
 trap 'signalled=1; kill -TERM "$step"' TERM
 """
-_NODE_END = """\
+_NODE_END = f"""\
 if [ -e "$preempted" ]; then
     rm -f "$preempted"
     echo "seqengine: preempted and saved; the same command goes on" >&2
-    exit 75
+    exit {PREEMPTED}
 fi
 exit "$code"
 """
@@ -254,8 +255,8 @@ def node_script(request: Request, each: int, place: Place, python: str, address:
     lines = [
         "#!/bin/bash",
         f"# Written by seqengine launch. On every node: bash {shlex.quote(str(place.node_script))} NODE",
-        _NODE.format(nodes=request.nodes, last=request.nodes - 1),
-        f"cd {shlex.quote(str(place.start))} || exit 2",
+        _NODE.format(nodes=request.nodes, last=request.nodes - 1, bad_input=BAD_INPUT),
+        f"cd {shlex.quote(str(place.start))} || exit {BAD_INPUT}",
         f"preempted={shlex.quote(str(place.folder / 'preempted'))}-$node",
         'rm -f "$preempted"',
         "",
@@ -266,7 +267,7 @@ def node_script(request: Request, each: int, place: Place, python: str, address:
         f'{shlex.quote(python)} -m torch.distributed.run --nnodes={request.nodes} --node-rank="$node" \\',
         f"    --nproc-per-node={each} --master-addr={shlex.quote(address)} --master-port={port} \\",
         f"    --max-restarts={_or(request.max_restarts, 0)} -m seqengine.launch.task \\",
-        f'    {shlex.quote(str(logs))} "$preempted" {_train(request, place)} &',
+        f'    {shlex.quote(str(logs))} "$preempted" {shlex.join(train_words(request, place))} &',
         f"{_WAIT}\n",
         _NODE_END,
     ]

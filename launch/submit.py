@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from seqengine.launch import slurm
 from seqengine.launch.job import Follower
 from seqengine.launch.record import FOLDER, Launch, check_free, only_one, started_at
 from seqengine.launch.request import SCHEDULERS, Request, processes_per_node
-from seqengine.launch.scripts import NONE, Place, node_script, slurm_script
+from seqengine.launch.scripts import NONE, Place, node_script, slurm_script, train_words
 from seqengine.launch.torchrun import run_local
 from seqengine.rundir import RunDirectory, versions
 
@@ -39,11 +40,11 @@ def launch(config: str, overrides: Sequence[str], request: Request, *, dry_run: 
     loaded = _on_device(loaded, request)
     run = RunDirectory(loaded.config.run_dir)
     run.check_resumable(loaded, request.allow_change)
-    check_run(_without_data(loaded.config) if dry_run else loaded.config)
+    check_run(loaded.config, reads_data=not dry_run)
     path = loaded.config.run_dir.absolute()
     check_free(path)
     if dry_run:
-        print(_text(request, each, _place(loaded.config, path), dry_run=True), end="")
+        print(_text(request, each, _place(loaded.config, path)), end="")
         return 0
     if request.scheduler == "slurm":
         slurm.require("sbatch")
@@ -68,13 +69,6 @@ def _on_device(loaded: Loaded, request: Request) -> Loaded:
     run = loaded.config.run.model_copy(update={"device": "cuda" if gpus else "cpu"})
     origin = {"run.device": f"--gpus-per-node {gpus}"} if run != loaded.config.run else {}
     return Loaded(loaded.config.model_copy(update={"run": run}), {**loaded.provenance, **origin})
-
-
-def _without_data(config: RunConfig) -> RunConfig:
-    """For a check that reads no data and writes none to data.cache."""
-    none = {"source": "fasta", "fasta": None, "bed": None, "mix": ()}
-    known = {key: value for key, value in none.items() if key in type(config.data).model_fields}
-    return config.model_copy(update={"data": config.data.model_copy(update=known)})
 
 
 def _place(config: RunConfig, run: Path) -> Place:
@@ -125,14 +119,19 @@ def _python(request: Request) -> str:
     return request.python or ("python3" if request.container else sys.executable)
 
 
-def _text(request: Request, each: int, place: Place, *, dry_run: bool = False) -> str:
+def _text(request: Request, each: int, place: Place) -> str:
     if request.scheduler == "slurm":
         return slurm_script(request, each, place, _python(request))
     if request.scheduler == "torchrun":
         address = request.master_addr or ("127.0.0.1" if request.nodes == 1 else socket.gethostname())
         return node_script(request, each, place, _python(request), address)
-    words = [_python(request), "-m", "seqengine.launch.task", str(place.logs / place.log_name), NONE]
-    return f"cd {shlex.quote(str(place.start))}\n{shlex.join([*words, 'train', str(place.config)])}  # {each} times\n"
+    command = shlex.join([_python(request), *_task_words(request, place)])
+    return f"cd {shlex.quote(str(place.start))}\n{command}  # {each} times\n"
+
+
+def _task_words(request: Request, place: Place) -> list[str]:
+    """Of each process of a local launch, for Python."""
+    return ["-m", "seqengine.launch.task", str(place.logs / place.log_name), NONE, *train_words(request, place)]
 
 
 def _write(loaded: Loaded, request: Request, each: int, place: Place) -> None:
@@ -174,7 +173,8 @@ def _start(config: RunConfig, request: Request, each: int, place: Place, folders
 def _submit(record: dict[str, Any], place: Place, folders: _Folders) -> int:
     """The record is written before the job is, so that a launch that is cut short in between is seen by the next."""
     before = Launch.read(place.run)
-    Launch(**record, logs="").write(place.run)
+    launched = Launch(**record, logs="")
+    launched.write(place.run)
     folders.is_kept = True  # unless Slurm says no, it may have taken the job
     try:
         job = slurm.submit(place.script)
@@ -182,7 +182,7 @@ def _submit(record: dict[str, Any], place: Place, folders: _Folders) -> int:
         folders.is_kept = False
         Launch.restore(before, place.run)
         raise
-    Launch(**record, logs=job, job=job).write(place.run)
+    replace(launched, logs=job, job=job).write(place.run)
     print(f"run         {place.run}\nscript      {place.script}\njob         {job}, submitted")
     print(f"watch       seqengine launch status {shlex.quote(str(place.run))}")
     return 0
@@ -191,19 +191,15 @@ def _submit(record: dict[str, Any], place: Place, folders: _Folders) -> int:
 def _run_here(config: RunConfig, request: Request, each: int, place: Place, launched: Launch) -> int:
     """In the foreground; what rank 0 says is shown."""
     pid = os.getpid()
-    Launch(**{**vars(launched), "pid": pid, "started": started_at(pid)}).write(place.run)
-    changes = [word for key in request.allow_change for word in ("--allow-change", key)]
-    logs = place.logs / launched.logs
-    words = [str(logs), NONE, "train", str(place.config), *changes]
+    replace(launched, pid=pid, started=started_at(pid)).write(place.run)
+    logs = place.logs / place.log_name
     print(f"run         {config.run_dir}\nlogs        {logs}-RANK.log", flush=True)
     follower = Follower(Path(f"{logs}-0.log"))
     thread = threading.Thread(target=follower.run, name="follow rank 0", daemon=True)
     thread.start()
-    command = (sys.executable, "-m", "seqengine.launch.task")
+    words, restarts = _task_words(request, place), request.max_restarts or 0
     try:
-        return run_local(
-            words, each, command=command, max_restarts=request.max_restarts or 0, signals=config.ckpt.on_signal
-        )
+        return run_local(words, each, command=(_python(request),), max_restarts=restarts, signals=config.ckpt.on_signal)
     finally:
         follower.stop()
         thread.join()

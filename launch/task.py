@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from seqengine.launch.cli import BAD_INPUT, PREEMPTED
+from seqengine.errors import BAD_INPUT, PREEMPTED
 from seqengine.launch.cli import main as seqengine
 from seqengine.launch.environment import Processes, read_processes
 from seqengine.launch.scripts import NONE

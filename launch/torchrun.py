@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
+from seqengine.errors import BAD_INPUT, FAILED, PREEMPTED
 from seqengine.launch.environment import worker_environment
 
-BAD_INPUT, PREEMPTED = 2, 75
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
-SHUTDOWN_SECONDS = 300.0
+SHUTDOWN_SECONDS = 300
 """After a signal, workers have so long to save."""
 SETTLE_SECONDS = 10.0
 """After one failed, the others have so long to find out by themselves and say why."""
@@ -53,7 +53,7 @@ def run_local(
             code, what = _Life([*command, *arguments], num_processes, request, shutdown_seconds, settle_seconds).run()
             if what:
                 print(f"seqengine: {what}; the first error is above.", file=sys.stderr, flush=True)
-            if code != 1 or request.received or life == max_restarts:
+            if code != FAILED or request.received or life == max_restarts:
                 break
             print(
                 f"seqengine: starting all processes again ({life + 1} of {max_restarts}).", file=sys.stderr, flush=True
@@ -169,7 +169,7 @@ class _Life:
             return BAD_INPUT, what
         if self._request.received and own <= {0, PREEMPTED, -self._request.received[0]}:
             return 128 + self._request.received[0], f"stopped before the run was saved ({ended})"
-        return 1, what
+        return FAILED, what
 
     def _describe(self, rank: int, code: int) -> str:
         if rank in self._ended_here:

@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from seqengine.errors import InputError
+from seqengine.errors import FAILED, InputError
 from seqengine.launch.run_status import MetricsTail, Status, read_status, summary
 from seqengine.metrics import Line
 from seqengine.sinks import describe
@@ -23,8 +23,6 @@ MOST_RANKS = 16
 """Ranks shown, the quietest ones first."""
 BAR_WIDTH = 50
 COLOURS = {"running": "green", "complete": "green", "stuck": "bold red", "stopped": "yellow"}
-STUCK = 1
-"""Exit code of `--once` if a rank is stuck."""
 
 
 class Watch:
@@ -75,7 +73,7 @@ def watch(run_dir: Path, *, once: bool, stuck_after: float, interval: float) -> 
                 f"{run_dir}: must be a run's directory; there is no config.toml. Leave out --once to wait for it."
             )
         _print_once(watched.status)
-        return STUCK if watched.status.stuck else 0
+        return FAILED if watched.status.stuck else 0
     try:
         if sys.stdout.isatty():
             _follow_live(watched, interval)

@@ -5,6 +5,7 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch._compile import _disable_dynamo
 
 from seqengine.parallel.context import SequenceContext
 
@@ -17,12 +18,13 @@ def breaks_graph(twin: Callable[P, R]) -> Callable[P, R]:
 
     On one rank it is the kernel, a custom operator, and part of the graph.
     """
-    as_it_is: Callable[P, R] = torch.compiler.disable(twin)
+    # torch.compiler.disable, but the compiler, which takes as long to import as torch, is imported when something is compiled.
+    as_it_is: Callable[P, R] = _disable_dynamo(twin)
 
     @wraps(twin)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         ctx = kwargs.get("ctx")
-        if isinstance(ctx, SequenceContext) and ctx.group is not None:
+        if isinstance(ctx, SequenceContext) and ctx.group is not None and torch.compiler.is_compiling():
             return as_it_is(*args, **kwargs)
         return twin(*args, **kwargs)
 

@@ -9,7 +9,7 @@ from math import isqrt
 from typing import Literal
 
 from seqengine.parallel.cost import ACROSS_NODES, GROUP_SECONDS, MEMORY_BYTES_PER_SECOND, WITHIN_NODE, Link
-from seqengine.parallel.layout import offsets, overlap, split_sizes
+from seqengine.parallel.layout import overlap, split_sizes, split_span
 
 LongConvAlgorithm = Literal["halo", "transpose", "fft"]
 MOST_GROUPS = 8
@@ -76,15 +76,15 @@ def to_channels_bytes(bounds: Sequence[int], rank: int, channels: int, element_b
     element_bytes: bytes of one token of one channel, batch included.
     """
     tokens = bounds[rank + 1] - bounds[rank]
-    mine = split_sizes(channels, len(bounds) - 1)[rank]
-    return tokens * (channels - mine) * element_bytes
+    first, stop = split_span(channels, len(bounds) - 1, rank)
+    return tokens * (channels - (stop - first)) * element_bytes
 
 
 def to_tokens_bytes(bounds: Sequence[int], rank: int, channels: int, element_bytes: int) -> int:
     """The way back, which is also the backward of `to_channels_bytes`."""
     tokens = bounds[rank + 1] - bounds[rank]
-    mine = split_sizes(channels, len(bounds) - 1)[rank]
-    return (bounds[-1] - tokens) * mine * element_bytes
+    first, stop = split_span(channels, len(bounds) - 1, rank)
+    return (bounds[-1] - tokens) * (stop - first) * element_bytes
 
 
 def relay(num_ranks: int, node_size: int, source: int, target: int) -> int:
@@ -185,7 +185,7 @@ class FourStep:
         """Positions below this one that lie in the rank's columns."""
         width = self.sizes[1]
         whole, rest = divmod(position, width)
-        start, stop = offsets(self.columns)[rank : rank + 2]
+        start, stop = split_span(width, self.ranks, rank)
         return whole * (stop - start) + min(max(rest - start, 0), stop - start)
 
     def tokens(self, holder: int, rank: int) -> int:
@@ -195,10 +195,12 @@ class FourStep:
 
     def _sends(self, rank: int, back: bool) -> tuple[int, int]:
         """Real numbers of tokens and complex ones of the spectrum that leave a rank: to columns and rows, or back."""
-        own, columns, rows = self.tokens(rank, rank), self.columns[rank], self.rows[rank]
+        (n1, n2), own = self.sizes, self.tokens(rank, rank)
+        columns, rows = (stop - start for start, stop in (split_span(n, self.ranks, rank) for n in (n2, n1 // 2 + 1)))
         if back:
-            return sum(self.tokens(r, rank) for r in range(self.ranks)) - own, rows * (self.sizes[1] - columns)
-        return self.bounds[rank + 1] - self.bounds[rank] - own, columns * (self.sizes[0] // 2 + 1 - rows)
+            first, last = (position + self.shift for position in (self.bounds[0], self.bounds[-1]))
+            return self.before(last, rank) - self.before(first, rank) - own, rows * (n2 - columns)
+        return self.bounds[rank + 1] - self.bounds[rank] - own, columns * (n1 // 2 + 1 - rows)
 
     def sent_bytes(
         self, rank: int, channels: int, filters: int, element_bytes: int, real_bytes: int, *, backward: bool = False

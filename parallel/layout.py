@@ -25,6 +25,13 @@ def split_sizes(total: int, parts: int) -> list[int]:
     return [small + (i < extra) for i in range(parts)]
 
 
+def split_span(total: int, parts: int, part: int) -> Interval:
+    """Where one part of `split_sizes` lies, without the others."""
+    small, extra = divmod(total, parts)
+    start = part * small + min(part, extra)
+    return start, start + small + (part < extra)
+
+
 def offsets(sizes: Sequence[int]) -> tuple[int, ...]:
     """Running sums with a leading zero: part i is [offsets[i], offsets[i + 1])."""
     return (0, *accumulate(sizes))

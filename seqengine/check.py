@@ -23,9 +23,9 @@ class Summary:
     num_parameters: int
     num_decayed: int
     num_windows: dict[str, int] | None
-    """By split; None if no data are given."""
+    """By split; None if no data are given, or none are read."""
     source: Source | None
-    """The data, opened; None if none are given."""
+    """The data, opened; None if none are given, or none are read."""
 
     def describe(self) -> str:
         c = self.config
@@ -36,10 +36,12 @@ class Summary:
             f"step        {c.windows_per_step} windows, {c.train.batch_tokens:,} tokens",
             f"length      {c.total_steps:,} steps, {c.total_tokens:,} tokens",
         ]
-        if self.num_windows is None:
-            lines.append("data        none given: train needs some, such as data.fasta=GENOME.fa")
-        else:
+        if self.num_windows is not None:
             lines.append("data        " + ", ".join(f"{n:,} {split} windows" for split, n in self.num_windows.items()))
+        elif c.data.is_given:
+            lines.append("data        not read")
+        else:
+            lines.append("data        none given: train needs some, such as data.fasta=GENOME.fa")
         return "\n".join([*lines, "ok"])
 
 
@@ -79,9 +81,10 @@ def _shapes_of(config: RunConfig) -> LanguageModel:
         ) from error
 
 
-def check_run(config: RunConfig) -> Summary:
+def check_run(config: RunConfig, *, reads_data: bool = True) -> Summary:
     """Build the model without memory, group its parameters, pack the data if there are any, count the windows.
 
+    reads_data: False leaves data unread and data.cache unwritten; a login node may not see the data.
     Raises InputError for all that `train` would refuse. Writes nothing but the packed genome in data.cache.
     """
     _check_compiler(config)
@@ -94,7 +97,7 @@ def check_run(config: RunConfig) -> Summary:
     settings = group_settings(sizes, config.optim, model.rules)
     decayed = sum(size for name, size in sizes.items() if settings[name][0] > 0)
     source, num_windows = None, None
-    if config.data.is_given:
+    if reads_data and config.data.is_given:
         source = open_source(config.data)
         check_source(source, config)
         windows = source.windows(config.data.seq_len)

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+
+from seqengine.parallel.sharded import local_part
 
 PREFIX = "ema."
 
@@ -46,15 +47,15 @@ class Ema:
         if tokens_step == 0:
             return
         weights = self._matched(model)
-        averages = [_local(average) for average in self._averages.values()]
-        wide = [_local(weight).to(average.dtype) for weight, average in zip(weights, averages, strict=True)]
+        averages = [local_part(average) for average in self._averages.values()]
+        wide = [local_part(weight).to(average.dtype) for weight, average in zip(weights, averages, strict=True)]
         torch._foreach_lerp_(averages, wide, 1.0 - self.decay)
 
     @torch.no_grad()
     def restart(self, model: nn.Module) -> None:
         """Begin anew from the model's present weights."""
         for weight, average in zip(self._matched(model), self._averages.values(), strict=True):
-            _local(average).copy_(_local(weight))
+            local_part(average).copy_(local_part(weight))
 
     def tensors(self) -> dict[str, Tensor]:
         """The averages by "ema." and the name of the parameter: not copies, and DTensors where the parameters are."""
@@ -67,9 +68,9 @@ class Ema:
         Memory: another copy of the weights meanwhile. With sharded parameters every rank must enter and leave.
         """
         weights = self._matched(model)
-        trained = [_local(weight).clone() for weight in weights]
+        trained = [local_part(weight).clone() for weight in weights]
         try:
-            self._write(model, weights, [_local(average) for average in self._averages.values()])
+            self._write(model, weights, [local_part(average) for average in self._averages.values()])
             yield
         finally:
             self._write(model, weights, trained)
@@ -80,7 +81,7 @@ class Ema:
             if isinstance(module, FSDPModule):
                 module.reshard()  # else a unit that is still gathered goes on with its old weights
         for weight, value in zip(weights, values, strict=True):
-            _local(weight).copy_(value)
+            local_part(weight).copy_(value)
 
     def _matched(self, model: nn.Module) -> list[Tensor]:
         """The model's parameters in the order of the averages."""
@@ -103,8 +104,3 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, FSDPModule):
             module.reshard()
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-
-def _local(x: Tensor) -> Tensor:
-    """This rank's part."""
-    return x.to_local() if isinstance(x, DTensor) else x

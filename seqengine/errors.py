@@ -1,4 +1,7 @@
-"""The one exception for a user's mistake: it becomes a message and exit code 2, never a traceback."""
+"""The one exception for a user's mistake: it becomes a message and exit code 2, never a traceback. Exit codes by name."""
+
+FAILED, BAD_INPUT, PREEMPTED = 1, 2, 75
+"""Exit codes of every command: failed; bad input; stopped from outside after a good save."""
 
 
 class InputError(ValueError):

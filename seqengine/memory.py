@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,7 +93,7 @@ def activation_bytes(config: RunConfig, rows: int, tokens: int, ranks: int = 1) 
     drops = config.model.embed_dropout > 0.0 or config.model.resid_dropout > 0.0
     undropped = config.model.model_copy(update={"embed_dropout": 0.0, "resid_dropout": 0.0})
     with FakeTensorMode(allow_non_fake_inputs=True):
-        with _default_dtype(torch.float64 if config.precision.params == "fp64" else torch.float32):
+        with default_dtype(arithmetic_dtype(config)):
             model = LanguageModel(
                 undropped
             )  # masks are hashed block by block, which takes long and keeps positions alone
@@ -120,8 +120,14 @@ def activation_bytes(config: RunConfig, rows: int, tokens: int, ranks: int = 1) 
     return sum(kept.values()) + received + (ids.element_size() * ctx.local_tokens if drops else 0)
 
 
+def arithmetic_dtype(config: RunConfig) -> torch.dtype:
+    """Of the weights, of the residual stream, and of states."""
+    return torch.float64 if config.precision.params == "fp64" else torch.float32
+
+
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """What is made in a `with` block without a dtype of its own has this one."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -130,23 +136,37 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+class Shares(NamedTuple):
+    """Into how many parts each kind is cut: a rank holds one of them."""
+
+    weights: int
+    gradients: int
+    moments: int
+
+
+def shares(backend: str, zero: int | None, ranks: int, micro_batches: int) -> Shares:
+    """Of a backend that cuts over so many ranks. zero: the stage of 'deepspeed'.
+
+    With fsdp2 the gradients of all micro-batches but the last stay whole.
+    """
+    cut = {"none": 0, "ddp": 0, "fsdp2": 3, "deepspeed": zero or 0}[backend]
+    weights, gradients, moments = (ranks if cut >= level else 1 for level in (3, 2, 1))
+    return Shares(weights, 1 if backend == "fsdp2" and micro_batches > 1 else gradients, moments)
+
+
 def step_memory(config: RunConfig, stage: Stage, mesh: Mesh, micro_rows: int) -> StepMemory:
     """Of a stage on a rank of the mesh."""
     with torch.device("meta"):
         numbers = sum(p.numel() for p in LanguageModel(config.model).parameters())
-    width = 8 if config.precision.params == "fp64" else 4
-    ranks = mesh.size // mesh.num_copies
-    parallel = config.parallel
-    cut = {"none": 0, "ddp": 0, "fsdp2": 3, "deepspeed": parallel.zero or 0}[parallel.backend]
-    share = [ranks if cut >= level else 1 for level in (3, 2, 1)]
-    if parallel.backend == "fsdp2" and stage.windows_per_step // mesh.num_replicas > micro_rows:
-        share[1] = 1  # of all but the last micro-batch they stay whole
+    num_bytes = numbers * arithmetic_dtype(config).itemsize
+    micro_batches = -(-(stage.windows_per_step // mesh.num_replicas) // micro_rows)
+    parts = shares(config.parallel.backend, config.parallel.zero, mesh.size // mesh.num_copies, micro_batches)
     return StepMemory(
-        weights=numbers * width // share[0],
-        gradients=numbers * width // share[1],
-        moments=MOMENTS[config.optim.name] * numbers * width // share[2],
+        weights=num_bytes // parts.weights,
+        gradients=num_bytes // parts.gradients,
+        moments=MOMENTS[config.optim.name] * num_bytes // parts.moments,
         activations=activation_bytes(config, micro_rows, stage.seq_len, mesh.sequence_size),
-        ema=numbers * width // share[0] if config.optim.ema else 0,
+        ema=num_bytes // parts.weights if config.optim.ema else 0,
     )
 
 

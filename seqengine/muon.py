@@ -22,11 +22,11 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from seqengine.errors import InputError
 from seqengine.parallel import comm
 from seqengine.parallel.ledger import Ledger
+from seqengine.parallel.sharded import is_sharded, local_part
 
 COEFFICIENTS: Final = (3.4445, -4.7750, 2.0315)
 """a, b, c of the iteration: steep at zero, so that few iterations do; singular values end between about 0.7 and 1.2."""
@@ -92,7 +92,7 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                if isinstance(parameter, DTensor):
+                if is_sharded(parameter):
                     sharded.append((parameter, group))
                 else:
                     update = orthogonalise(self._direction(parameter, group), group["num_steps"], self._work(parameter))
@@ -108,7 +108,7 @@ class Muon(torch.optim.Optimizer):
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        gradient, momentum = _rows(parameter.grad), _rows(state["momentum_buffer"])
+        gradient, momentum = local_part(parameter.grad), local_part(state["momentum_buffer"])
         gradient = gradient.to(momentum.dtype)
         momentum.lerp_(gradient, 1.0 - group["momentum"])
         return gradient.lerp(momentum, group["momentum"])
@@ -117,7 +117,7 @@ class Muon(torch.optim.Optimizer):
         """Matrices of one mesh and dtype in turns of as many as there are ranks, the largest first: ranks then do alike."""
         kinds: dict[tuple[Any, torch.dtype], list[Owned]] = {}
         for parameter, group in everything:
-            assert isinstance(parameter, DTensor)
+            assert is_sharded(parameter)
             kinds.setdefault((parameter.device_mesh, parameter.dtype), []).append((parameter, group))
         for (mesh, _), matrices in kinds.items():
             num_ranks = mesh.size(mesh.ndim - 1)
@@ -142,12 +142,7 @@ class Muon(torch.optim.Optimizer):
         back = [_part(shape, rank, group.size()) for shape in shapes] + [torch.Size([0])] * len(idle)
         updates = comm.all_to_all(gathered, back, group, ledger, "muon")
         for (parameter, own), shape, update in zip(matrices, shapes, updates, strict=False):
-            _apply(_rows(parameter), shape, update, own)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """This rank's rows."""
-    return x.to_local() if isinstance(x, DTensor) else x
+            _apply(local_part(parameter), shape, update, own)
 
 
 def _apply(rows: Tensor, shape: torch.Size, update: Tensor, group: dict[str, Any]) -> None:
@@ -163,8 +158,10 @@ def _part(shape: torch.Size, rank: int, num_ranks: int) -> torch.Size:
 
 
 def _check_placement(parameter: Tensor) -> None:
-    if not isinstance(parameter, DTensor):
+    if not is_sharded(parameter):
         return
+    from torch.distributed.tensor import Replicate, Shard
+
     *outer, inner = parameter.placements
     if inner != Shard(0) or any(placement != Replicate() for placement in outer):
         raise InputError(

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from seqengine.parallel.sharded import local_part
 from seqengine.runfiles import write_whole
 
 NONFINITE = "nonfinite"
@@ -69,7 +69,7 @@ def layer_norms(model: nn.Module, *, of: Literal["gradients", "weights"] = "grad
 
 
 def _local(tensor: Tensor) -> Tensor:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = local_part(tensor)
     return torch.view_as_real(local) if local.is_complex() else local
 
 

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from seqengine.config.optim import OptimSection
 from seqengine.errors import InputError
 from seqengine.mixers.mixer import ParameterRule
 from seqengine.model import LanguageModel
 from seqengine.muon import Muon
-from seqengine.parallel import sharding
+from seqengine.parallel.sharded import is_sharded, local_part
 from seqengine.schedule import learning_rate
 
 __all__ = [
@@ -172,7 +171,9 @@ def gradient_norm(model: nn.Module) -> Tensor:
     With sharded parameters every rank must call: the ranks add up their parts.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    if any(isinstance(gradient, DTensor) for gradient in gradients):
+    if any(is_sharded(gradient) for gradient in gradients):
+        from seqengine.parallel import sharding
+
         return sharding.gradient_norm(model)
     norms = [gradient.norm(dtype=torch.float64) for gradient in gradients]
     return torch.stack(norms).norm() if norms else torch.zeros((), dtype=torch.float64)
@@ -183,4 +184,4 @@ def clip_gradients(model: nn.Module, norm: float, limit: float) -> None:
     """Scale all gradients so that their norm is at most `limit`; 0 means no limit."""
     if limit > 0.0 and norm > limit:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], limit / norm)
+        torch._foreach_mul_([local_part(g) for g in gradients], limit / norm)

@@ -31,6 +31,10 @@ class Stage:
     seed: int
     """Of the order of its windows, and of what is random in them."""
 
+    @property
+    def num_steps(self) -> int:
+        return self.end_step - self.first_step
+
     def __str__(self) -> str:
         steps = f"steps {self.first_step} to {self.end_step}"
         return f"stage {self.index + 1}: {self.seq_len:,} tokens over {self.sequence} ranks, {steps}"

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from seqengine.errors import FAILED, InputError
 from seqengine.runfiles import write_whole
 
 HEARTBEATS, STACKS, CALL = "heartbeat", "stacks", "call.json"
 """RUN/stacks/call.json: the last rank that was stuck, for the others to write their stacks too."""
 ENDED = "ended"
 """The phase of a rank that closed its watchdog."""
-EXIT_CODE = 1
 PERIOD_SECONDS = 0.5
 GRACE_SECONDS = 3.0
 """A stuck rank waits so long before it ends, so that the others write their stacks while their peers live."""
@@ -152,7 +152,7 @@ class Watchdog:
             write_aside(self.stacks_file.with_name(CALL), {"rank": self._rank, "time": time.time()})
             time.sleep(GRACE_SECONDS)
         finally:
-            os._exit(EXIT_CODE)
+            os._exit(FAILED)
 
     def _dump(self, stacks: TextIO, why: str) -> None:
         when = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -186,9 +186,21 @@ def write_aside(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_beats(run_dir: Path) -> list[Beat]:
-    """The last beat of every rank, by rank; empty if the run has none."""
-    paths = (run_dir / HEARTBEATS).glob("rank-*.json")
-    return sorted((Beat(**json.loads(path.read_text())) for path in paths), key=lambda beat: beat.rank)
+    """The last beat of every rank, by rank; empty if the run has none.
+
+    A run that restarts on fewer ranks takes files away while they are read: those are left out. Raises InputError for a
+    damaged one.
+    """
+    beats = []
+    for path in (run_dir / HEARTBEATS).glob("rank-*.json"):
+        try:
+            beats.append(Beat(**json.loads(path.read_text())))
+        except FileNotFoundError:
+            continue
+        except (ValueError, TypeError) as error:
+            what = f"{path.parent}: a heartbeat cannot be read: {path.name}: {error}"
+            raise InputError(f"{what}. Delete the folder.") from error
+    return sorted(beats, key=lambda beat: beat.rank)
 
 
 def stuck_ranks(run_dir: Path, older_than_seconds: float) -> list[Beat]:

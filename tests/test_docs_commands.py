@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,13 +117,18 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """What the pages take for granted: genomes, my.toml, a run, and published weights."""
+    """What the pages take for granted: genomes, sequences with classes, my.toml, a run, and published weights."""
     folder = tmp_path_factory.mktemp("world")
     draw = random.Random(0)
     genome = "".join(f">chr{i}\n{''.join(draw.choices('ACGT', k=40_000))}\n" for i in (1, 2))
     for name in ("genome.fa", "genome.fa.gz", "ecoli536.fa.gz"):
         content = genome.encode()
         (folder / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    for split, name in product(("train", "test"), ("negative", "positive")):
+        place = folder / "genomic_benchmarks/human_nontata_promoters" / split / name
+        place.mkdir(parents=True)
+        for i in range(3):
+            (place / f"{i}.txt").write_text("".join(draw.choices("ACGT", k=20 + 10 * i)))
     (folder / "my.toml").write_text(
         'extends = "hyenadna-tiny-1k"\n[run]\nname = "run"\n[data]\nfasta = "genome.fa"\n[optim]\nema = 0.99\n'
     )
@@ -235,6 +241,8 @@ def small(words: list[str]) -> list[str]:
     }
     if words[:2] == ["ckpt", "import"]:
         return [*words, *SMALL]
+    if words[0] == "train" and load(words[1], need_data=False).config.model.num_classes:
+        extra["train"].append("model.max_len=66")  # the published l_max of the weights that are here
     return [*words, *extra.get(words[0], ())]
 
 

@@ -77,9 +77,8 @@ class Split:
 
 def short_conv(at: Split, channels: int, taps: int) -> Sent:
     """The last taps - 1 inputs of the ranks before."""
-    needed, row = conv_cost.windows(at.bounds, taps - 1), at.rows * channels * at.width
-    forward = conv_cost.window_bytes(at.bounds, needed, at.rank, row)
-    return Sent("halo", forward, conv_cost.window_backward_bytes(at.bounds, needed, at.rank, row), 1)
+    where = (at.bounds, at.rank, taps - 1, at.rows * channels * at.width)
+    return Sent("halo", cost.halo_bytes(*where), cost.halo_backward_bytes(*where), 1)
 
 
 def long_conv(at: Split, channels: int, taps: int | None, filters: int = 0) -> Sent:

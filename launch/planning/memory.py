@@ -18,9 +18,9 @@ from seqengine.config.run import RunConfig
 from seqengine.kernels import api as kernels
 from seqengine.kernels.conv.plan import BLOCK_ELEMENTS, plan
 from seqengine.launch.planning.flops import transformed_channels
-from seqengine.launch.planning.trace import Trace, arithmetic_dtype, trace, trace_block
+from seqengine.launch.planning.trace import Trace, trace, trace_block
 from seqengine.launch.planning.traffic import Layout, Weights
-from seqengine.memory import TRACED_RANKS, cut_over, split_context
+from seqengine.memory import TRACED_RANKS, arithmetic_dtype, cut_over, shares, split_context
 from seqengine.model import LanguageModel
 from seqengine.optim import muon_names
 from seqengine.parallel.context import SequenceContext
@@ -149,6 +149,7 @@ class Activations:
     exact: bool = True
     """Trace any number of windows; else take those of more than two from those of one and two."""
     _traces: dict[tuple[str, int, int, int], Trace] = field(default_factory=dict)
+    _channels: dict[int, int] = field(default_factory=dict)
 
     @cached_property
     def layers(self) -> list[tuple[str, int]]:
@@ -182,18 +183,19 @@ class Activations:
 
     def workspace(self, layer: int, rows: int, tokens: int, ranks: int) -> int:
         """Of the transforms of a layer's long convolutions."""
-        block = self._model_blocks[layer]
-        channels = -(-transformed_channels(block.mixer) // ranks)
+        channels = -(-self._transformed(layer) // ranks)
         if not channels:
             return 0
         points = plan(tokens, tokens, self.device).points
         values = min(max(points * rows, BLOCK_ELEMENTS[self.device]), rows * channels * points)
         return WORKSPACE * values * arithmetic_dtype(self.config).itemsize
 
-    @cached_property
-    def _model_blocks(self) -> list[Block]:
-        with torch.device("meta"):
-            return list(LanguageModel(self.config.model).each_block())
+    def _transformed(self, layer: int) -> int:
+        """Channels of a layer that go through long convolutions."""
+        if layer not in self._channels:
+            with torch.device("meta"):
+                self._channels[layer] = transformed_channels(Block(self.config.model, layer).mixer)
+        return self._channels[layer]
 
     def _found(self, kind: str, layer: int, rows: int, tokens: int, ranks: int) -> dict[str, int]:
         """The numbers of a trace, or of traces of fewer rows and ranks."""
@@ -246,15 +248,12 @@ class Activations:
 
 def rank_memory(config: RunConfig, sizes: Sizes, layout: Layout, needs: Timeline, micro_batches: int) -> RankMemory:
     """Of the busiest moment of a step."""
-    cut = {"none": 0, "ddp": 0, "fsdp2": 3, "deepspeed": layout.zero or 0}[layout.backend]
-    part = layout.part if layout.ranks > 1 else 1
-    share = [part if cut >= level else 1 for level in (3, 2, 1)]
+    parts = shares(layout.backend, layout.zero, layout.part, micro_batches)
     weights, width = sizes.weights, arithmetic_dtype(config).itemsize
-    gradient_share = 1 if layout.backend == "fsdp2" and micro_batches > 1 else share[1]
     exchange = 0
-    if part > 1 and cut == 3:
+    if parts.weights > 1:
         exchange = GATHERED_BLOCKS * weights.largest_block + weights.rest
-        exchange += weights.largest_block if gradient_share > 1 else 0
+        exchange += weights.largest_block if parts.gradients > 1 else 0
     elif layout.ranks > 1 and layout.backend == "none":
         exchange = weights.total
     working = needs.peak - needs.kept - needs.received
@@ -262,10 +261,10 @@ def rank_memory(config: RunConfig, sizes: Sizes, layout: Layout, needs: Timeline
     if after:
         exchange = max(0, after - needs.peak)
     return RankMemory(
-        weights=weights.total // share[0],
-        gradients=weights.total // gradient_share,
-        moments=sizes.moments * width // share[2],
-        ema=weights.total // share[0] if config.optim.ema else 0,
+        weights=weights.total // parts.weights,
+        gradients=weights.total // parts.gradients,
+        moments=sizes.moments * width // parts.moments,
+        ema=weights.total // parts.weights if config.optim.ema else 0,
         activations=needs.kept,
         states=needs.received,
         exchange=exchange,

@@ -1,4 +1,4 @@
-"""What machines can do, as their makers tabulate it. Nothing here was measured by this project.
+"""What machines can do, as their makers tabulate it. Nothing here was measured by this project. Peaks: `seqengine.flops`.
 
 A figure of a data sheet is a peak. What a step reaches of it is assumed, in `Machine.achieved`: 1/2 of the arithmetic, as large
 language models reach with well-tuned software (Narayanan et al. 2021, arXiv:2104.04473, table 1: 52%), and 4/5 of the memory's
@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from typing import Literal
 
 from seqengine.errors import InputError
+from seqengine.flops import PEAK_TFLOPS
 from seqengine.parallel.cost import ACROSS_NODES, WITHIN_NODE, Link
 
 Params = Literal["fp64", "fp32", "bf16"]
@@ -55,42 +56,52 @@ class Machine:
         return None if self.memory_bytes is None else self.memory_bytes * self.usable
 
 
+def _gpu(
+    part: str,
+    *,
+    name: str,
+    text: str,
+    memory_bytes: float,
+    bytes_per_second: float,
+    within: Link,
+    across: Link,
+    source: str,
+) -> Machine:
+    """part: of the device's name, as `seqengine.flops` has the peaks."""
+    bf16, fp32, fp64 = (PEAK_TFLOPS[part][params] * 1e12 for params in ("bf16", "fp32", "fp64"))
+    return Machine(name, text, memory_bytes, bf16, fp32, fp64, bytes_per_second, within, across, source)
+
+
 MACHINES = {
     machine.name: machine
     for machine in (
-        Machine(
+        _gpu(
+            "H200",
             name="h200",
             text="NVIDIA H200 SXM",
             memory_bytes=141e9,
-            bf16=989.5e12,
-            fp32=67e12,
-            fp64=67e12,
             bytes_per_second=4.8e12,
             within=WITHIN_NODE,
             across=ACROSS_NODES,
             source="NVIDIA H200 Tensor Core GPU data sheet (dense, without sparsity); links: parallel/cost.py, for NVLink of "
             "900 GB/s both ways together and one 400 Gbit/s adapter a GPU (DGX H200 data sheet)",
         ),
-        Machine(
+        _gpu(
+            "H100",
             name="h100",
             text="NVIDIA H100 SXM, 80 GB",
             memory_bytes=80e9,
-            bf16=989.5e12,
-            fp32=67e12,
-            fp64=67e12,
             bytes_per_second=3.35e12,
             within=WITHIN_NODE,
             across=ACROSS_NODES,
             source="NVIDIA H100 Tensor Core GPU data sheet (dense, without sparsity); links: parallel/cost.py, for NVLink of "
             "900 GB/s both ways together and one 400 Gbit/s adapter a GPU (DGX H100 data sheet)",
         ),
-        Machine(
+        _gpu(
+            "A100",
             name="a100",
             text="NVIDIA A100 SXM, 80 GB",
             memory_bytes=80e9,
-            bf16=312e12,
-            fp32=19.5e12,
-            fp64=19.5e12,
             bytes_per_second=2.039e12,
             within=Link(WITHIN_NODE.latency_seconds, 200e9),
             across=Link(ACROSS_NODES.latency_seconds, 22.5e9),

@@ -37,17 +37,17 @@ class Candidate:
     @property
     def run_seconds(self) -> float:
         """All steps."""
-        return sum(s.seconds * (s.stage.end_step - s.stage.first_step) for s in self.steps)
+        return sum(s.seconds * s.stage.num_steps for s in self.steps)
 
     @property
     def tokens_per_second(self) -> float:
-        steps = sum(s.stage.end_step - s.stage.first_step for s in self.steps)
+        steps = sum(s.stage.num_steps for s in self.steps)
         return steps * self.batch_tokens / self.run_seconds
 
     @property
     def mfu(self) -> float:
         """By time."""
-        weights = [s.seconds * (s.stage.end_step - s.stage.first_step) for s in self.steps]
+        weights = [s.seconds * s.stage.num_steps for s in self.steps]
         return sum(w * s.mfu for w, s in zip(weights, self.steps, strict=True)) / sum(weights)
 
     @property
@@ -58,7 +58,7 @@ class Candidate:
     @property
     def longest(self) -> StageStep:
         """The stage that takes the most time."""
-        return max(self.steps, key=lambda s: s.seconds * (s.stage.end_step - s.stage.first_step))
+        return max(self.steps, key=lambda s: s.seconds * s.stage.num_steps)
 
     def fits(self, room: float | None) -> bool:
         return room is None or self.tightest.memory.total <= room

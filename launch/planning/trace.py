@@ -3,41 +3,83 @@
 The block is one rank's: exchanges go to a group that sends nothing, and the ledger counts them as ever.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import finalize
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._pytree import tree_leaves
 
 from seqengine.blocks import Block
 from seqengine.config.run import RunConfig
-from seqengine.memory import split_context
+from seqengine.memory import arithmetic_dtype, default_dtype, split_context
 from seqengine.parallel.context import SequenceContext
 from seqengine.parallel.ledger import Tape
 
+CPU = torch.device("cpu")
+_aten, _prim = torch.ops.aten, torch.ops.prim
+PLAIN = frozenset(
+    {
+        *(_aten.view.default, _aten._unsafe_view.default, _aten.slice.Tensor, _aten.select.int, _aten.unbind.int),
+        *(_aten.unsqueeze.default, _aten.permute.default, _aten.transpose.int, _aten.t.default, _aten.expand.default),
+        *(_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.copy_.default, _aten._to_copy.default),
+        *(_aten.add.Tensor, _aten.add_.Tensor, _aten.mul.Tensor, _aten.div.Tensor, _aten.exp.default),
+        *(_aten.mm.default, _aten.bmm.default),
+    }
+)
+"""Operations whose result torch's meta kernels give, on one device."""
 
-class AliveBytes(TorchDispatchMode):
-    """Bytes of the storages that were made under it and still live, and the most of them at once."""
+
+class AliveBytes(FakeTensorMode):
+    """Tensors without data; while it is `counting`, bytes of storages made and still alive, and the most of them at once."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__(allow_non_fake_inputs=True)
         self.now = self.most = 0
         self._known: set[int] = set()
+        self._counts = False
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given:
-                self._add(x.untyped_storage())
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """What is made in a `with` block counts."""
+        self._counts = True
+        try:
+            yield
+        finally:
+            self._counts = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked for as often as all else together
+        if not self._counts:
+            return super().__torch_dispatch__(func, types, args, kwargs or {})
+        self._counts = False  # not what an operation makes for itself
+        try:
+            out = super().__torch_dispatch__(func, types, args, kwargs or {})
+        finally:
+            self._counts = True
+        made = [out] if isinstance(out, Tensor) else [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        new = [storage for x in made if (storage := x.untyped_storage())._cdata not in self._known]
+        if new:
+            given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+            for storage in new:
+                if storage._cdata not in given:
+                    self._add(storage)
         return out
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Without FakeTensorMode's checks and cache, which take most of a trace, where torch's C++ knows the answer."""
+        if func not in PLAIN or (kwargs and "device" in kwargs) or not all(map(_is_plain, args)):
+            return super().dispatch(func, types, args, kwargs or {})
+        with in_kernel_invocation_manager(self):
+            out = func(*args, **(kwargs or {}))
+        if isinstance(out, FakeTensor):  # written in place
+            return out
+        return FakeTensor(self, out, CPU) if isinstance(out, Tensor) else [FakeTensor(self, x, CPU) for x in out]
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -51,6 +93,13 @@ class AliveBytes(TorchDispatchMode):
     def _drop(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
+
+
+def _is_plain(x: object) -> bool:
+    """An argument that stands for no value."""
+    if not isinstance(x, Tensor):
+        return True
+    return isinstance(x, FakeTensor) and x.constant is None and x.fake_device == CPU
 
 
 @dataclass(frozen=True)
@@ -72,10 +121,6 @@ class Trace:
     sent_backward: dict[str, int]
 
 
-def arithmetic_dtype(config: RunConfig) -> torch.dtype:
-    return torch.float64 if config.precision.params == "fp64" else torch.float32
-
-
 def trace(
     config: RunConfig,
     make: Callable[[], nn.Module],
@@ -84,22 +129,22 @@ def trace(
     ctx: SequenceContext,
 ) -> Trace:
     """make: the module, in the run's dtype; run: from the residual stream [rows, T, D] to what its backward begins with."""
-    dtype, before = arithmetic_dtype(config), torch.get_default_dtype()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        torch.set_default_dtype(dtype)
-        try:
+    dtype = arithmetic_dtype(config)
+    with AliveBytes() as alive:
+        with default_dtype(dtype):
             module = make()
-        finally:
-            torch.set_default_dtype(before)
         for p in module.parameters():
             p.grad = torch.zeros_like(p)
         x = torch.zeros(rows, ctx.local_tokens, config.model.d_model, dtype=dtype, requires_grad=True)
-        return _traced(config, module, lambda: run(module, x, ctx), ctx)
+        return _traced(config, module, lambda: run(module, x, ctx), ctx, alive)
 
 
-def _traced(config: RunConfig, module: nn.Module, run: Callable[[], Tensor], ctx: SequenceContext) -> Trace:
+def _traced(
+    config: RunConfig, module: nn.Module, run: Callable[[], Tensor], ctx: SequenceContext, alive: AliveBytes
+) -> Trace:
     own = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
-    alive, kept, saved = AliveBytes(), {}, _Inside(module)
+    saved = _Inside(module)
+    kept: dict[int, int] = {}
     tensors: list[Tensor] = []
 
     def pack(x: Tensor) -> Tensor:
@@ -112,7 +157,7 @@ def _traced(config: RunConfig, module: nn.Module, run: Callable[[], Tensor], ctx
 
     tape, ledger = Tape(), ctx.ledger()
     bf16 = torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.precision.params == "bf16")
-    with alive:
+    with alive.counting():
         ledger.tapes.append(tape)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), bf16:
             y = run()

@@ -7,7 +7,7 @@ once a step, with the last micro-batch. ZeRO (Rajbhandari et al. 2020, arXiv:191
 their owners and gather the new weights; stage 3 is as FSDP2, but reduces in every micro-batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from seqengine.launch.planning.exchanges import Sent
@@ -109,13 +109,12 @@ def data_flows(weights: Weights, layout: Layout, micro_batches: int, machine: Ma
     if layout.backend in ("none", "ddp"):
         sent = all_reduce(weights.total, layout.ranks)
         flow = _flow("gradient all-reduce", sent, layout.ranks, 1, 1, layout, machine)
-        hides = layout.backend == "ddp"
-        return [Flow(flow.exchange, flow.within, flow.across, flow.seconds, hides)]
+        return [replace(flow, hides=layout.backend == "ddp")]
     if layout.backend == "deepspeed" and layout.zero != 3:
         sent = gather(weights.total, part)
         reduced = _flow("ZeRO reductions", sent, part, 1, 1, layout, machine)
         gathered = _flow("ZeRO gathers", sent, part, 1, 1, layout, machine)
-        return [reduced, Flow(gathered.exchange, gathered.within, gathered.across, gathered.seconds, hides=False)]
+        return [reduced, replace(gathered, hides=False)]
     found = []
     name = "FSDP" if layout.backend == "fsdp2" else "ZeRO"
     if part > 1:
@@ -143,7 +142,7 @@ def sequence_flows(sent: list[Sent], layout: Layout, micro_batches: int, machine
         seconds = rounds * slow.latency_seconds
         seconds += inside / machine.within.bytes_per_second + (total - inside) / machine.across.bytes_per_second
         old = found.get(each.exchange, Flow(each.exchange, 0, 0, 0.0, hides=False))
-        found[each.exchange] = Flow(
-            each.exchange, old.within + inside, old.across + total - inside, old.seconds + seconds, hides=False
+        found[each.exchange] = replace(
+            old, within=old.within + inside, across=old.across + total - inside, seconds=old.seconds + seconds
         )
     return list(found.values())

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,9 @@ def read_records(run_dirs: Sequence[Path]) -> list[Record]:
         raise InputError(*problems)
     names = [record.config.run.name for record in records]
     return [
-        record if names.count(record.label) == 1 else _relabelled(record, f"{record.label} ({record.path})")
+        record if names.count(record.label) == 1 else replace(record, label=f"{record.label} ({record.path})")
         for record in records
     ]
-
-
-def _relabelled(record: Record, label: str) -> Record:
-    return Record(**{**vars(record), "label": label})
 
 
 def _read_record(run_dir: Path) -> Record:

@@ -41,11 +41,15 @@ class Route:
     def of(cls, members: Sequence[int], sizes: Sequence[int], needs: Callable[[int, int], bool] | None) -> "Route":
         """needs(receiver, source), both places in the ring, says whether a block is looked at; None: always."""
         size = len(members)
+
+        def looks(source: int, distance: int) -> bool:
+            return needs is None or needs((source + distance) % size, source)
+
         spans = []
         for source in range(size):
             distances = range(1, size) if sizes[source] > 0 else range(0)
-            looks = [s for s in distances if needs is None or needs((source + s) % size, source)]
-            spans.append((looks[0], looks[-1]) if looks else (0, 0))
+            nearest = next((s for s in distances if looks(source, s)), 0)
+            spans.append((nearest, next((s for s in reversed(distances) if looks(source, s)), 0)))
         return cls(tuple(members), tuple(sizes), tuple(spans))
 
     @property

@@ -46,7 +46,7 @@ class ClassFiles:
             at = letters.index(foreign[:1])
             raise InputError(
                 f"{path}: every letter must be a nucleotide code (ACGTUNRYSWKMBDHV); got {chr(letters[at])!r} at position "
-                f"{at + 1}. Mend the file, or set data.alphabet = 'bytes'."
+                f"{at + 1}. Mend the file, which must be one line of letters and no FASTA, or set data.alphabet = 'bytes'."
             )
         return encode(letters, self.soft_mask)
 

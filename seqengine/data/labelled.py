@@ -1,7 +1,8 @@
 """Sequences that have a class, as windows: one sequence a window, padded on the right.
 
-Labels ask for the next token and nothing where that is padding, so that a model without classes can be trained on the same
-sequences first (Amos et al. 2024, Never Train from Scratch, arXiv:2310.02980).
+Labels ask for the next token, so that a model without classes can be trained on the same sequences first (Amos et al. 2024,
+Never Train from Scratch, arXiv:2310.02980). After the last token of a sequence that is shorter than its window that is one token
+of padding, which stands for the end: of an expression it is known only to who counts brackets. Further padding is not asked for.
 """
 
 from typing import NamedTuple, Protocol
@@ -83,7 +84,10 @@ class LabelledWindows:
         window = np.full(self.seq_len + 1, self.pad_id, dtype=np.int64)
         window[: len(ids)] = ids
         labels = window[begin + 1 : end + 1].copy()
-        labels[max(0, len(ids) - 1 - begin) :] = IGNORE
+        known = (
+            len(ids) if len(ids) < self.seq_len else self.seq_len - 1
+        )  # what follows a full window may have been cut off
+        labels[max(0, known - begin) :] = IGNORE
         return window[begin:end].copy(), labels, None
 
     def _row(self, index: int) -> int:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -135,6 +136,22 @@ def test_the_script_for_nodes_names_each_and_tells_preemption_apart(folder, caps
     assert 'device = "cpu"  # --gpus-per-node 0' in (folder / "runs/run/launch/1/config.toml").read_text()
     record = json.loads((folder / "runs/run/launch/1/environment.json").read_text())
     assert (record["nodes"], record["processes"], record["directory"]) == (2, 4, str(folder))
+
+
+def test_a_dry_run_shows_the_command_that_a_local_launch_runs(folder, capsys, monkeypatch):
+    words = ("--scheduler", "local", *CPU, "2", "--allow-change", "optim.lr", "--allow-change", "train.steps")
+    shown = dry(capsys, "parallel.sequence=2", *words).splitlines()
+    ran = []
+
+    def run_local(arguments, num_processes, *, command, **options):
+        ran.append((shlex.join([*command, *arguments]), num_processes))
+        return 0
+
+    monkeypatch.setattr("seqengine.launch.submit.run_local", run_local)
+    launch(capsys, "small.toml", "parallel.sequence=2", *words)
+    assert len(ran) == 1
+    assert shown == [f"cd {folder}", f"{ran[0][0]}  # {ran[0][1]} times"]
+    assert ran[0][0].endswith("/launch/1/config.toml --allow-change optim.lr --allow-change train.steps")
 
 
 def batch(

@@ -38,9 +38,13 @@ def test_a_search_for_64_gpus_ranks_meshes_and_says_why(capsys):
     assert "gradient all-reduce" in out
 
 
-def test_4096_ranks_are_planned_in_five_seconds():
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [(LARGE, ["train.batch_tokens=4096M"]), ("configs/h3-125m.toml", []), ("configs/gla-1.3b.toml", [])],
+)
+def test_4096_ranks_are_planned_in_five_seconds(config, settings):
     begin = time.process_time()
-    plan = make_plan(LARGE, ["train.batch_tokens=4096M"], nodes=512, gpus_per_node=8, searches=True)
+    plan = make_plan(config, settings, nodes=512, gpus_per_node=8, searches=True)
     assert time.process_time() - begin < 5
     assert len(plan.found.fitting) > 100
     assert all(c.layout.ranks == 4096 for c in plan.found.fitting)

@@ -1,5 +1,7 @@
 """Integer arithmetic of cuts and halos, against brute force."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +15,7 @@ from seqengine.parallel.layout import (
     overlap,
     parts_of,
     split_sizes,
+    split_span,
     zigzag_cuts,
 )
 
@@ -23,6 +26,7 @@ def test_split_sizes_cover_and_differ_by_at_most_one(total, parts):
     assert sum(sizes) == total
     assert max(sizes) - min(sizes) <= 1
     assert sizes == sorted(sizes, reverse=True)
+    assert [split_span(total, parts, part) for part in range(parts)] == list(pairwise(offsets(sizes)))
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.integers(0, 20))

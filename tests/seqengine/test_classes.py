@@ -1,6 +1,8 @@
 """Runs that tell the class of sequences: the same on every mesh, pretrained on their own inputs, evaluated by accuracy."""
 
 import json
+import random
+from itertools import product
 
 import pytest
 import torch
@@ -9,12 +11,16 @@ from seqengine.checkpoint.restore import restore_model
 from seqengine.data.recall import accuracy
 from seqengine.data.source import open_source
 from seqengine.data.stream import read_windows
+from seqengine.data.tokenizer import encode
 from seqengine.errors import InputError
+from seqengine.interop import formats
 from seqengine.launch.cli import main
 from seqengine.metrics import read_metrics
+from seqengine.model import build_model
 from seqengine.parallel.mesh import Mesh
 from seqengine.rundir import CheckpointTarget
 from tests.seqengine.runs import config, losses, train_on
+from tests.seqengine.weights import tiny
 
 CONFIG = """
 [model]
@@ -151,3 +157,88 @@ def test_tasks_are_evaluated_by_their_answers(tmp_path, ranks, mesh):
     batch = read_windows(open_source(settings.data).windows(16)["valid"], range(20), begin=0, end=16)
     with torch.no_grad():
         assert line["accuracy"] == accuracy(model.eval()(batch.ids), batch.labels)
+
+
+DNA = """
+[model]
+arch = "lm"
+d_model = 8
+n_layer = 2
+max_len = 64
+num_classes = 3
+embed_dropout = 0.0
+mixers = { hyena = { filter = { order = 8 } } }
+[data]
+source = "class_folders"
+alphabet = "dna"
+seq_len = 24
+[train]
+steps = 3
+batch_tokens = 96
+[optim]
+lr = 0.05
+[eval]
+windows = "all"
+"""
+FROZEN = 'optim.groups=[{ match = "head.*" }, { match = "*", lr_scale = 0 }]'
+
+
+@pytest.fixture
+def dna(tmp_path, monkeypatch):
+    """A config of three classes of DNA, `sequences` of 5 to 30 bases, and runs/imported of published weights."""
+    monkeypatch.chdir(tmp_path)
+    draw = random.Random(1)
+    for split, name in product(("train", "test"), ("exon", "intron", "promoter")):
+        place = tmp_path / "sequences" / split / name
+        place.mkdir(parents=True)
+        for i in range(5):
+            (place / f"{i}.txt").write_text("".join(draw.choices("ACGT", k=draw.randint(5, 30))) + "\n")
+    (tmp_path / "test.toml").write_text(DNA)
+    formats.save(tiny("hyenadna"), tmp_path / "published", "hyenadna")
+    assert main(["ckpt", "import", "published", "runs/imported"]) == 0
+    return tmp_path
+
+
+def test_a_head_of_classes_on_published_hidden_states_tells_the_accuracy_of_sequences_one_by_one(dna, capsys):
+    """Only the head is trained; evaluation pads and batches, the published model here reads each sequence alone."""
+    settings = ("data.folder=sequences", "train.init_from=runs/imported", FROZEN)
+    ((loss, weights),) = train_on(1, dna, *settings)
+    published = tiny("hyenadna")
+    kept = {name.removeprefix("model."): value for name, value in weights.items() if not name.startswith("model.head.")}
+    assert kept.keys() == published.state_dict().keys()
+    assert all(torch.equal(value, published.state_dict()[name]) for name, value in kept.items())
+    model, _ = restore_model(
+        CheckpointTarget.find(dna / "run"), config(dna, *settings).config, Mesh.single(torch.device("cpu"))
+    )
+    told, nats = [], []
+    for label, name in enumerate(("exon", "intron", "promoter")):
+        for path in sorted((dna / "sequences/test" / name).iterdir()):
+            ids = torch.from_numpy(encode(path.read_text().strip()[:24]))[None].long()
+            with torch.no_grad():
+                hidden = published.hidden(ids)
+                assert torch.equal(model.eval().hidden(ids), hidden)
+                logits = hidden.mean(dim=1) @ weights["model.head.weight"].T + weights["model.head.bias"]
+            told.append(logits.argmax().item() == label)
+            nats.append(torch.nn.functional.cross_entropy(logits, torch.tensor([label])).item())
+    assert loss == pytest.approx(sum(nats) / 15, rel=1e-5)
+    capsys.readouterr()
+    assert main(["eval", str(dna / "run"), "--json"]) == 0
+    evaluation = json.loads(capsys.readouterr().out)
+    assert (evaluation["accuracy"], evaluation["windows"]) == (sum(told) / 15, 15)
+    new = build_model(model.config, seed=2222, params="fp32", device=torch.device("cpu")).head.weight
+    assert float((weights["model.head.weight"] - new.detach()).abs().max()) > 0.02, (
+        "the head learns, at a rate up to 0.05"
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.max_len=62", r"functions of t / 64; got t / 62\. Set model\.max_len = 64"),
+        ("model.mixers.hyena.filter.shift=0", r"shift = 0\.05; got model\.mixers\.hyena\.filter\.shift = 0\.0\. Set it"),
+        ("model.norm_eps=1e-6", r"has model\.norm_eps = 1e-05, which the weights were trained with; got 1e-06"),
+    ],
+)  # fmt: skip
+def test_weights_of_the_same_shapes_that_meant_something_else_are_refused(dna, setting, message):
+    with pytest.raises(AssertionError, match=message):
+        train_on(1, dna, "data.folder=sequences", "train.init_from=runs/imported", setting)

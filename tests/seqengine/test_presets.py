@@ -5,6 +5,7 @@ import torch
 
 from seqengine.config.layers import PRESETS, preset_names
 from seqengine.config.load import load
+from seqengine.keeper import meant_otherwise
 from seqengine.model import LanguageModel
 
 # Width, layers, longest sequence (the published l_max less 2), as published with arXiv:2306.15794.
@@ -31,7 +32,7 @@ RECIPES = [*HYENADNA, *LANGUAGE_MODELS, "lm"]
 
 
 def test_the_presets_are_the_published_sizes_their_bases_and_the_tiny_ones() -> None:
-    assert preset_names() == sorted([*RECIPES, *TINY, "demo"])
+    assert preset_names() == sorted([*RECIPES, *TINY, "demo", "genomic-benchmarks"])
 
 
 @pytest.mark.parametrize(("name", "millions"), LANGUAGE_MODELS.items())
@@ -99,6 +100,27 @@ def test_laptop_recipe() -> None:
     config = load("hyenadna-tiny-1k", need_data=False).config
     assert (config.total_steps, config.windows_per_step, config.optim.lr) == (1200, 16, 3e-3)
     assert (config.model.embed_dropout, config.schedule.kind, config.precision.params) == (0.0, "cosine", "fp32")
+
+
+def test_genomic_benchmarks_is_the_published_recipe_for_the_weights_of_tiny_1k() -> None:
+    config = load("genomic-benchmarks", need_data=False).config
+    assert (config.windows_per_step, config.data.seq_len, config.data.rc_prob) == (128, 256, 0.0)
+    assert (config.optim.lr, config.optim.betas, config.optim.weight_decay) == (6e-4, (0.9, 0.999), 0.1)
+    assert (config.schedule.warmup, config.schedule.min_ratio, config.model.embed_dropout) == (0.01, 0.1, 0.1)
+    weights = load("hyenadna-tiny-1k", need_data=False).config.model
+    assert meant_otherwise(weights, config.model) == []
+    with torch.device("meta"):
+        mine, theirs = (LanguageModel(m).state_dict() for m in (config.model, weights))
+    assert {n: t.shape for n, t in mine.items() if not n.startswith("head.")} == {n: t.shape for n, t in theirs.items()}
+    header = (PRESETS / "genomic-benchmarks.toml").read_text(encoding="utf-8").partition("\n\n")[0]
+    for part in (
+        "seqengine train genomic-benchmarks data.folder=",
+        "# Hardware:",
+        "# Expected:",
+        "# Source:",
+        "# Here:",
+    ):
+        assert part in header
 
 
 def test_base_is_the_published_recipe() -> None:

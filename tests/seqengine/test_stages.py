@@ -5,7 +5,7 @@ import torch
 
 from seqengine.backends.backend import arithmetic
 from seqengine.errors import InputError
-from seqengine.memory import StepMemory, activation_bytes, check_memory
+from seqengine.memory import StepMemory, activation_bytes, check_memory, shares
 from seqengine.model import build_model
 from seqengine.parallel.context import SequenceContext
 from seqengine.stages import stage_at, stages_of
@@ -101,6 +101,23 @@ def test_activations_are_counted_to_the_byte(tmp_path, kept, params):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), arithmetic(loaded.config, CPU):
         model.objective(ids, ids, ctx=SequenceContext.single(32), dropout_keys=ids[:, 0])
     assert activation_bytes(loaded.config, 3, 32) == sum(found.values())
+
+
+@pytest.mark.parametrize(
+    ("backend", "zero", "micro_batches", "expected"),
+    [
+        ("none", None, 1, (1, 1, 1)),
+        ("ddp", None, 3, (1, 1, 1)),
+        ("fsdp2", None, 1, (4, 4, 4)),
+        ("fsdp2", None, 2, (4, 1, 4)),
+        ("deepspeed", 1, 2, (1, 1, 4)),
+        ("deepspeed", 2, 2, (1, 4, 4)),
+        ("deepspeed", 3, 2, (4, 4, 4)),
+    ],
+)
+def test_a_rank_holds_the_share_that_its_backend_cuts(backend, zero, micro_batches, expected):
+    assert shares(backend, zero, 4, micro_batches) == expected
+    assert shares(backend, zero, 1, micro_batches) == (1, 1, 1)
 
 
 def test_a_stage_that_cannot_fit_is_named(tmp_path):

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from seqengine import watchdog
+from seqengine.errors import InputError
 from seqengine.watchdog import Beat, Watchdog, read_beats, stuck_ranks
 from tests.ranks import run_ranks_to_their_end
 
@@ -192,6 +193,32 @@ def test_rank_0_removes_heartbeats_of_ranks_that_are_no_more(tmp_path):
         dog.close()
         assert len(read_beats(tmp_path)) == (4 if rank else 2)
     assert [beat.phase for beat in read_beats(tmp_path)] == ["ended", "ended"]
+
+
+def test_a_heartbeat_that_vanishes_while_it_is_read_is_left_out(tmp_path, monkeypatch):
+    (tmp_path / "heartbeat").mkdir()
+    for rank in range(3):
+        (tmp_path / f"heartbeat/rank-{rank}.json").write_text(json.dumps(vars(Beat(rank, 7, "train", 0.0))))
+    read = Path.read_text
+
+    def read_late(path):
+        if path.name == "rank-1.json":
+            path.unlink()
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_text", read_late)
+    assert [beat.rank for beat in read_beats(tmp_path)] == [0, 2]
+    assert [beat.rank for beat in stuck_ranks(tmp_path, 1.0)] == [0, 2]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"rank": 0}', '{"rank": 0, "step": 1, "phase": "", "time": 0, "x": 1}'])
+def test_a_damaged_heartbeat_is_bad_input(tmp_path, text):
+    (tmp_path / "heartbeat").mkdir()
+    (tmp_path / "heartbeat/rank-0.json").write_text(text)
+    with pytest.raises(
+        InputError, match=r"/heartbeat: a heartbeat cannot be read: rank-0\.json: .*\. Delete the folder\."
+    ):
+        read_beats(tmp_path)
 
 
 def test_a_call_of_an_earlier_life_is_not_answered(tmp_path):

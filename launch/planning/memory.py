@@ -27,6 +27,9 @@ from seqengine.parallel.context import SequenceContext
 
 WORKSPACE = 8
 """Blocks of padded values that the backward of a long convolution holds at once (measured on a CPU, 7 to 10)."""
+LOOKED_INTO, WIDEST = 1 << 18, 256
+"""Values of a rank's residual stream, and channels, of which operators' insides are traced: tracing more takes long. Of longer
+windows they work chunk by chunk and need no more for a while; beside wider streams it is little."""
 GATHERED_BLOCKS = 2
 """Of FSDP2 and ZeRO 3: the block at work, and the next one."""
 
@@ -182,9 +185,9 @@ class Activations:
         return Timeline(kept, without, received, max(peak, kept + received))
 
     def workspace(self, layer: int, rows: int, tokens: int, ranks: int) -> int:
-        """Of the transforms of a layer's long convolutions."""
+        """Of the transforms of a layer's long convolutions, which grow with a window; of short ones the trace knows."""
         channels = -(-self._transformed(layer) // ranks)
-        if not channels:
+        if not channels or tokens <= self._looked_into(rows):
             return 0
         points = plan(tokens, tokens, self.device).points
         values = min(max(points * rows, BLOCK_ELEMENTS[self.device]), rows * channels * points)
@@ -215,17 +218,21 @@ class Activations:
             self._traces[key] = self._make_trace(kind, layer, rows, tokens, ranks)
         return self._traces[key]
 
+    def _looked_into(self, rows: int) -> int:
+        """Tokens of a window, 0 for none."""
+        width = self.config.model.d_model
+        return max(1, LOOKED_INTO // (rows * width)) if width <= WIDEST else 0
+
     def _make_trace(self, kind: str, layer: int, rows: int, tokens: int, ranks: int) -> Trace:
+        ctx, few = split_context(tokens, ranks, ranks // 2), self._looked_into(rows)
+        workspace: dict[str, int] | None = None if few else {}
+        if few and (ranks > 1 or tokens > few):
+            workspace = self._trace(kind, layer, rows, min(ctx.local_tokens, few), 1).workspace
         if kind not in ("stem", "head"):
-            return trace_block(self.config, layer, rows, tokens, ranks, ranks // 2)
+            return trace_block(self.config, layer, rows, ctx, workspace)
         make: Callable[[], nn.Module] = (lambda: _Stem(self.config)) if kind == "stem" else (lambda: _Head(self.config))
-        return trace(
-            self.config,
-            make,
-            self._embed if kind == "stem" else self._loss,
-            rows,
-            split_context(tokens, ranks, ranks // 2),
-        )
+        run = self._embed if kind == "stem" else self._loss
+        return trace(self.config, make, run, rows, ctx, workspace)
 
     def _embed(self, stem: nn.Module, x: Tensor, ctx: SequenceContext) -> Tensor:
         ids = torch.zeros(x.shape[:2], dtype=torch.int64)

@@ -4,19 +4,25 @@ The block is one rank's: exchanges go to a group that sends nothing, and the led
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import finalize
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
 from torch.utils._pytree import tree_leaves
 
 from seqengine.blocks import Block
 from seqengine.config.run import RunConfig
-from seqengine.memory import arithmetic_dtype, default_dtype, split_context
+from seqengine.memory import arithmetic_dtype, default_dtype
 from seqengine.parallel.context import SequenceContext
 from seqengine.parallel.ledger import Tape
 
@@ -35,11 +41,16 @@ PLAIN = frozenset(
 
 
 class AliveBytes(FakeTensorMode):
-    """Tensors without data; while it is `counting`, bytes of storages made and still alive, and the most of them at once."""
+    """Tensors without data; while it is `counting`, bytes of storages made and still alive, and the most of them at once.
 
-    def __init__(self) -> None:
+    What our operators make for a while counts too: where it `looks_inside`, their code is run, which takes long, and fills
+    `workspace`, by the operator's name; elsewhere it is read from there.
+    """
+
+    def __init__(self, workspace: dict[str, int], *, looks_inside: bool) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self.now = self.most = 0
+        self.workspace, self._looks_inside = workspace, looks_inside
         self._known: set[int] = set()
         self._counts = False
 
@@ -57,6 +68,9 @@ class AliveBytes(FakeTensorMode):
             return args[0].fake_device  # asked for as often as all else together
         if not self._counts:
             return super().__torch_dispatch__(func, types, args, kwargs or {})
+        if self._looks_inside and func.namespace == "seqengine":
+            with suppress(DataDependentOutputException):  # attention, cells and the loss look at values: taken whole
+                return self._look_inside(func.name(), args, kwargs or {})
         self._counts = False  # not what an operation makes for itself
         try:
             out = super().__torch_dispatch__(func, types, args, kwargs or {})
@@ -69,6 +83,17 @@ class AliveBytes(FakeTensorMode):
             for storage in new:
                 if storage._cdata not in given:
                     self._add(storage)
+        self.most = max(self.most, self.now + self.workspace.get(func.name(), 0))
+        return out
+
+    def _look_inside(self, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+        before, self.most = self.most, self.now
+        try:
+            with self:
+                out = OPDEFS[name]._init_fn(*args, **kwargs)
+            self.workspace[name] = max(self.workspace.get(name, 0), self.most - self.now)
+        finally:
+            self.most = max(self.most, before)
         return out
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -119,6 +144,8 @@ class Trace:
     sent_forward: dict[str, int]
     """By the ledger's name of the operation."""
     sent_backward: dict[str, int]
+    workspace: dict[str, int]
+    """Most that an operator needed besides its results."""
 
 
 def trace(
@@ -127,10 +154,15 @@ def trace(
     run: Callable[[nn.Module, Tensor, SequenceContext], Tensor],
     rows: int,
     ctx: SequenceContext,
+    workspace: dict[str, int] | None = None,
 ) -> Trace:
-    """make: the module, in the run's dtype; run: from the residual stream [rows, T, D] to what its backward begins with."""
+    """make: the module, in the run's dtype; run: from the residual stream [rows, T, D] to what its backward begins with.
+
+    workspace: what operators need for a while, from the trace that found it; without it the operators' code is run.
+    """
+    alive = AliveBytes(workspace or {}, looks_inside=workspace is None)
     dtype = arithmetic_dtype(config)
-    with AliveBytes() as alive:
+    with alive:
         with default_dtype(dtype):
             module = make()
         for p in module.parameters():
@@ -178,6 +210,7 @@ def _traced(
         backward_peak=alive.most,
         sent_forward=sent,
         sent_backward={k: n - sent.get(k, 0) for k, n in both.items()},
+        workspace=alive.workspace,
     )
 
 
@@ -216,11 +249,13 @@ class _Inside:
         return found + (self._input_bytes if self._input and self._input not in self._outside else 0)
 
 
-def trace_block(config: RunConfig, layer: int, rows: int, tokens: int, ranks: int, rank: int) -> Trace:
-    """Of a layer, for windows of `tokens` over `ranks`."""
+def trace_block(
+    config: RunConfig, layer: int, rows: int, ctx: SequenceContext, workspace: dict[str, int] | None = None
+) -> Trace:
+    """Of a layer."""
 
     def run(block: nn.Module, x: Tensor, ctx: SequenceContext) -> Tensor:
         y: Tensor = block(x, lambda y, n: y, ctx=ctx)[0]
         return y
 
-    return trace(config, lambda: Block(config.model, layer), run, rows, split_context(tokens, ranks, rank))
+    return trace(config, lambda: Block(config.model, layer), run, rows, ctx, workspace)

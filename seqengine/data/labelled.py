@@ -1,8 +1,8 @@
 """Sequences that have a class, as windows: one sequence a window, padded on the right.
 
 Labels ask for the next token, so that a model without classes can be trained on the same sequences first (Amos et al. 2024,
-Never Train from Scratch, arXiv:2310.02980). After the last token of a sequence that is shorter than its window that is one token
-of padding, which stands for the end: of an expression it is known only to who counts brackets. Further padding is not asked for.
+Never Train from Scratch, arXiv:2310.02980). After the last token of a sequence that is shorter than its window, that is one
+token of padding, which stands for the end; what follows is not asked for.
 """
 
 from typing import NamedTuple, Protocol

@@ -17,6 +17,7 @@ from seqengine.launch.planning.rates import MACHINES
 from seqengine.launch.planning.step import Planner, split_of
 from seqengine.launch.planning.trace import trace_block
 from seqengine.launch.planning.traffic import Layout, Weights, data_flows, sequence_flows
+from seqengine.memory import split_context
 from seqengine.mixers.registry import MIXERS
 from seqengine.model import LanguageModel, build_model
 from seqengine.parallel.context import SequenceContext
@@ -52,7 +53,7 @@ SPLITS = [("bf16", 5, 3, 2), ("fp32", 2, 0, 1)]
 def test_every_mixer_sends_the_bytes_of_its_formula(name, causal, split):
     params, ranks, rank, rows = split
     config = run_config((name,), params=params, causal=causal)
-    found = trace_block(config, 0, rows, 60, ranks, rank)
+    found = trace_block(config, 0, rows, split_context(60, ranks, rank))
     sent = exchanges(Block(config.model, 0).mixer, split_of(config, 60, ranks, rank, rows, "cpu"))
     assert sum(found.sent_forward.values()) == sum(s.forward for s in sent) > 0
     assert sum(found.sent_backward.values()) == sum(s.backward for s in sent)

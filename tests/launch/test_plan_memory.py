@@ -8,7 +8,7 @@ from seqengine.backends.backend import Backend, arithmetic
 from seqengine.launch.planning.memory import Activations, count_sizes, rank_memory
 from seqengine.launch.planning.trace import trace_block
 from seqengine.launch.planning.traffic import Layout
-from seqengine.memory import activation_bytes
+from seqengine.memory import activation_bytes, split_context
 from seqengine.model import LanguageModel, build_model
 from seqengine.parallel.context import SequenceContext
 from seqengine.parallel.mesh import Mesh
@@ -75,6 +75,14 @@ CASES = [
     (("hyena", "attention", "gla"), "none", "fp32", 1024, 2),
     (("hyena_se", "hyena_li", "long_conv"), "selective", "fp32", 512, 4),
     (("hyena", "hyena_mr"), "block", "bf16", 2048, 2),
+    # Short windows, where what operators need for a while is a good part.
+    (("gated_delta",), "block", "fp32", 256, 4),
+    (("ssd",), "none", "fp32", 256, 2),
+    (("h3", "s4_ptd"), "block", "fp32", 256, 4),
+    (("long_conv", "sgconv", "attention"), "block", "fp32", 256, 4),
+    (("retention", "s4d"), "none", "fp32", 256, 4),
+    # Longer ones than are looked into.
+    (("gated_delta",), "block", "fp32", 4608, 1),
 ]
 
 
@@ -92,9 +100,9 @@ def test_a_step_allocates_what_the_plan_says(pattern, checkpoint, params, tokens
 def test_more_ranks_than_are_traced_keep_what_a_trace_of_them_keeps():
     config = run_config(("hyena",), d_model=16, max_len=1024)
     said = Activations(config, "cpu").timeline(1, 1024, Layout(1, 1, 8, "none", None, "none", 8))
-    traced = trace_block(config, 0, 1, 1024, 8, 4)
+    traced = trace_block(config, 0, 1, split_context(1024, 8, 4))
     stem_and_head = Activations(config, "cpu").timeline(1, 128, alone("none")).kept
-    stem_and_head -= trace_block(config, 0, 1, 128, 1, 0).kept
+    stem_and_head -= trace_block(config, 0, 1, split_context(128, 1, 0)).kept
     assert said.kept == pytest.approx(traced.kept + stem_and_head, rel=0.02)
 
 

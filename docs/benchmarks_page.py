@@ -20,6 +20,9 @@ ABOUT = {
     "conv": "Long convolution against the field's reference, an FFT of twice the length with torch's autograd.",
     "synthetics": "How well small models learn associative recall and induction heads, accuracy "
     "on examples that decided nothing.",
+    "listops": "ListOps by a tiny model of long convolutions, from scratch and after training on the expressions alone, the "
+    "same steps each: accuracy on 2,000 unseen expressions, whose standard error is 1.1 points; the likeliest class is 16 % "
+    "of them.",
 }
 CONV = {
     "B": "batch",
@@ -86,6 +89,8 @@ def _command(file: Path, record: dict[str, Any]) -> str:
         words += ["--channels", *_words(rows, "channels"), "--dtype", *_words(rows, "dtype")]
     if file.stem == "synthetics":
         words += ["--patterns", *_words(rows, "pattern"), "--seed", *_words(rows, "seed")]
+    if file.stem == "listops":
+        words += ["--seeds", *_words(rows, "seed")]
     return " ".join(words)
 
 

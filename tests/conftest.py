@@ -1,4 +1,7 @@
-"""One thread a process: forked ranks must not inherit a thread pool, and two test processes share two cores."""
+"""One thread a process: forked ranks must not inherit a thread pool, and two test processes share two cores.
+
+The same holds for the commands that tests start: threads that wait for a core make a step many times slower.
+"""
 
 import os
 from pathlib import Path
@@ -7,6 +10,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture

@@ -47,6 +47,13 @@ def synthetics():
     return synthetics
 
 
+@pytest.fixture
+def listops():
+    import listops
+
+    return listops
+
+
 RECURRENT = ("gla", "simple_gla", "delta_rule", "slstm", "lstm", "gru", "elman")
 ATTENTIONS = ("full", "causal", "window", "documents", "grouped")
 
@@ -254,3 +261,18 @@ def test_models_of_recall_begin_with_unit_gain_and_their_own_filters(synthetics)
     for layer in (model.embedding, model.blocks[0].mixer.in_proj, model.blocks[1].mlp.fc2):
         assert float(layer.weight.detach().std()) * layer.weight.shape[1] ** 0.5 == pytest.approx(1.0, rel=0.1)
     assert float(model.blocks[0].mixer.filter.output.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+
+
+def test_listops_compares_runs_of_the_same_budget_and_reports_them(tmp_path, listops, capsys):
+    small = ["train.steps=2", "data.listops.examples=100", "data.listops.valid_examples=20", "eval.windows=20"]
+    out = tmp_path / "out"
+    assert listops.main(["--runs", str(tmp_path), "--seeds", "5", "--out", str(out), *small]) == 0
+    record = json.loads((out / "listops.json").read_text())
+    assert [(r["run"], r["seed"], r["begins"], r["step"]) for r in record["results"]] == [
+        ("scratch-5", 5, "scratch", 2),
+        ("tuned-5", 5, "own inputs", 2),
+    ]
+    assert "mean accuracy" in capsys.readouterr().out
+    assert (tmp_path / "report" / "report.html").exists()
+    with pytest.raises(SystemExit, match="2"):
+        listops.main(["--runs", str(tmp_path), "train.no_such_key=1"])

@@ -1,5 +1,6 @@
 """The command as a user types it, in processes of its own."""
 
+import contextlib
 import json
 import os
 import signal
@@ -36,6 +37,12 @@ def seqengine(folder: Path, *arguments: str, code: int = 0, launcher: tuple[str,
     return done.stdout if code == 0 else done.stderr
 
 
+def here(folder: Path, *arguments: str) -> None:
+    """The same in this process, where that is not what a test is of."""
+    with contextlib.chdir(folder):
+        assert main(list(arguments)) == 0
+
+
 def training_losses(folder: Path, run: str = "runs/run") -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in read_metrics(folder / run) if "split" not in line]
 
@@ -57,7 +64,8 @@ def test_train_starts_its_processes_resumes_and_evaluates_on_one(folder):
 
 
 def test_generate_goes_on_where_prompts_end(folder, monkeypatch, capsys):
-    seqengine(folder, "train", "small.toml", "train.steps=2")
+    here(folder, "train", "small.toml", "train.steps=2")
+    capsys.readouterr()
     line = seqengine(folder, "generate", "runs/run", "--prompt", "acGTN", "-n", "20", "--seed", "3").rstrip("\n")
     assert line.startswith("acGTN")
     assert len(line) == 25
@@ -89,7 +97,7 @@ def test_generate_goes_on_where_prompts_end(folder, monkeypatch, capsys):
 
 
 def test_torchrun_trains_the_same_run_with_replicas(folder):
-    seqengine(folder, "train", "small.toml", "run.name=one")
+    here(folder, "train", "small.toml", "run.name=one")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
     seqengine(folder, "train", "small.toml", "run.name=four", "parallel.sequence=2", launcher=launcher)
     one, four = training_losses(folder, "runs/one"), training_losses(folder, "runs/four")
@@ -100,7 +108,7 @@ def test_torchrun_trains_the_same_run_with_replicas(folder):
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(folder):
-    seqengine(folder, "train", "small.toml", "run.name=whole", "train.steps=40", "log.every=1", "ckpt.every=5")
+    here(folder, "train", "small.toml", "run.name=whole", "train.steps=40", "log.every=1", "ckpt.every=5")
     command = [
         sys.executable,
         "-m",
@@ -125,7 +133,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(folder):
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(folder):
-    seqengine(folder, "train", "small.toml")
+    here(folder, "train", "small.toml")
     file = folder / "runs/run/ckpt/step-00000006/__0_0.distcp"
     content = bytearray(file.read_bytes())
     content[100] ^= 1
@@ -154,7 +162,7 @@ def test_check_and_version(folder):
 
 def test_tensorboard_events_are_written_when_asked_for(folder):
     pytest.importorskip("tensorboard")
-    seqengine(folder, "train", "small.toml", "log.tensorboard=true", "train.steps=2")
+    here(folder, "train", "small.toml", "log.tensorboard=true", "train.steps=2")
     assert list((folder / "runs/run/tensorboard").glob("events.*"))
 
 

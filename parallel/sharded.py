@@ -8,10 +8,10 @@ import sys
 from typing import TYPE_CHECKING
 
 from torch import Tensor
-from typing_extensions import TypeIs
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
 
 def is_sharded(x: object) -> "TypeIs[DTensor]":

@@ -55,17 +55,19 @@ def read_metrics(run_dir: Path) -> list[Line]:
 
 
 def read_events(run_dir: Path) -> list[Line]:
-    """Every start, rewind and spike of a run, in order; empty if nothing was written."""
-    return _read_lines(run_dir / Events.FILE)
+    """Every start, rewind and spike of a run, in order, but what a death cut short; empty if nothing was written."""
+    return _read_lines(run_dir / Events.FILE, goes_on=True)
 
 
-def _read_lines(path: Path) -> list[Line]:
+def _read_lines(path: Path, *, goes_on: bool = False) -> list[Line]:
+    """Up to a line that is not whole, or with goes_on all others: metrics are written anew after it, events are added."""
     lines: list[Line] = []
     for text in path.read_text().splitlines() if path.is_file() else []:
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
-            break
+            if not goes_on:
+                break
     return lines
 
 

@@ -13,8 +13,8 @@ from typing import Any
 from seqengine.checkpoint.manifest import sync
 from seqengine.errors import InputError
 
-FOLDERS = ("ckpt", "heartbeat", "stacks", "samples", "nonfinite", "tensorboard")
-FILES = ("config.toml", "environment.json", "metrics.jsonl")
+FOLDERS = ("ckpt", "heartbeat", "stacks", "samples", "nonfinite", "tensorboard", "wandb", "profile")
+FILES = ("config.toml", "environment.json", "metrics.jsonl", "events.jsonl")
 REMEDY = "Move it away, or set run.dir to another directory."
 
 

@@ -230,7 +230,11 @@ class Events:
     FILE = "events.jsonl"
 
     def __init__(self, run_dir: Path) -> None:
-        self._file = (run_dir / self.FILE).open("a", buffering=1)
+        path = run_dir / self.FILE
+        is_torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
+        self._file = path.open("a", buffering=1)
+        if is_torn:  # by a death: the next event has a line of its own
+            self._file.write("\n")
 
     def write(self, event: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(event) + "\n")

@@ -27,7 +27,7 @@ from seqengine.parallel.context import SequenceContext
 
 WORKSPACE = 8
 """Blocks of padded values that the backward of a long convolution holds at once (measured on a CPU, 7 to 10)."""
-LOOKED_INTO, WIDEST = 1 << 18, 256
+LOOKED_INTO, WIDEST = 1 << 18, 128
 """Values of a rank's residual stream, and channels, of which operators' insides are traced: tracing more takes long. Of longer
 windows they work chunk by chunk and need no more for a while; beside wider streams it is little."""
 GATHERED_BLOCKS = 2

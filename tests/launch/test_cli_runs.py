@@ -37,17 +37,17 @@ def seqengine(folder: Path, *arguments: str, code: int = 0, launcher: tuple[str,
     return done.stdout if code == 0 else done.stderr
 
 
-def here(folder: Path, *arguments: str) -> None:
+def here(folder: Path, *arguments: str, code: int = 0) -> None:
     """The same in this process, where that is not what a test is of."""
     with contextlib.chdir(folder):
-        assert main(list(arguments)) == 0
+        assert main(list(arguments)) == code
 
 
 def training_losses(folder: Path, run: str = "runs/run") -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in read_metrics(folder / run) if "split" not in line]
 
 
-def test_train_starts_its_processes_resumes_and_evaluates_on_one(folder):
+def test_train_starts_its_processes_resumes_and_evaluates_on_one(folder, capsys):
     out = seqengine(folder, "train", "small.toml", "parallel.sequence=2")
     assert "step 6/6" in out
     assert [step for step, _ in training_losses(folder)] == [2, 4, 6]
@@ -56,7 +56,8 @@ def test_train_starts_its_processes_resumes_and_evaluates_on_one(folder):
     assert "bit for bit" in again
     assert [step for step, _ in training_losses(folder)] == [2, 4, 6, 8]
     trained = [line for line in read_metrics(folder / "runs/run") if line.get("split") == "valid"][-1]
-    evaluated = json.loads(seqengine(folder, "eval", "runs/run", "parallel.sequence=1", "--json"))
+    here(folder, "eval", "runs/run", "parallel.sequence=1", "--json")
+    evaluated = json.loads(capsys.readouterr().out)
     assert evaluated["step"] == 8
     assert evaluated["loss"] == pytest.approx(trained["loss"], abs=1e-5)
     older = seqengine(folder, "eval", "runs/run/ckpt/step-00000003")
@@ -144,16 +145,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(folder):
     assert [step for step, _ in training_losses(folder)] == [2, 4, 6]
 
 
-def test_failures_keep_their_exit_code_through_the_launcher(folder):
+def test_failures_keep_their_exit_code_through_the_launcher(folder, capsys):
     seqengine(folder, "train", "small.toml", "parallel.sequence=2", "run.name=x")
-    message = seqengine(folder, "train", "small.toml", "parallel.sequence=2", "run.name=x", "optim.lr=0.5", code=2)
-    assert "optim.lr: runs/x was started with" in message
+    here(folder, "train", "small.toml", "parallel.sequence=2", "run.name=x", "optim.lr=0.5", code=2)
+    assert "optim.lr: runs/x was started with" in capsys.readouterr().err
     message = seqengine(folder, "train", "small.toml", "parallel.sequence=2", "optim.lr=1e30", "train.clip=0", code=1)
     assert "loss nan" in message or "gradient norm" in message
 
 
-def test_check_and_version(folder):
-    out = seqengine(folder, "check", "small.toml")
+def test_check_and_version(folder, capsys):
+    here(folder, "check", "small.toml")
+    out = capsys.readouterr().out
     assert "parameters" in out
     assert "train windows" in out
     assert out.endswith("ok\n")

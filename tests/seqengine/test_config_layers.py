@@ -134,7 +134,7 @@ def test_missing_base_names_the_line_that_wants_it(tmp_path: Path) -> None:
 def test_unknown_preset_suggests_one() -> None:
     with pytest.raises(InputError, match="did you mean the preset 'hyenadna-tiny-1k'"):
         load("hyenadna-tiny-1", need_data=False)
-    with pytest.raises(InputError, match=r"the presets are: demo, gla-1\.3b"):
+    with pytest.raises(InputError, match=r"the presets are: demo, genomic-benchmarks, gla-1\.3b"):
         load("zzz.toml", need_data=False)
 
 

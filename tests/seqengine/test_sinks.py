@@ -14,7 +14,7 @@ from seqengine.config.load import load
 from seqengine.config.sections import LogSection
 from seqengine.errors import InputError
 from seqengine.metrics import Metrics, describe, read_events, read_metrics
-from seqengine.sinks import ProgressBar, TensorBoard, Wandb, WandbRun, check_sinks, duration, short_number
+from seqengine.sinks import Events, ProgressBar, TensorBoard, Wandb, WandbRun, check_sinks, duration, short_number
 from tests.seqengine.lines import training, valid
 
 VALID = valid(2)
@@ -181,3 +181,13 @@ def test_lines_are_json_even_where_a_loss_is_no_number(tmp_path):
     metrics.write(training(1, loss=math.nan))
     metrics.close()
     assert math.isnan(json.loads((tmp_path / "metrics.jsonl").read_text())["loss"])
+
+
+def test_an_event_that_a_death_cut_short_costs_no_other(tmp_path):
+    for number in range(3):
+        events = Events(tmp_path)
+        events.write({"event": "start", "step": number})
+        events.close()
+        with (tmp_path / Events.FILE).open("a") as file:
+            file.write('{"event": "spi')
+    assert [event["step"] for event in read_events(tmp_path)] == [0, 1, 2]

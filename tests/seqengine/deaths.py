@@ -187,8 +187,9 @@ class Life:
     def _die(self, death: Death) -> None:
         if death.torn:
             rng = random.Random(death.seed)
-            for path in sorted(self.checkpoints.rglob("*")):
-                with suppress(FileNotFoundError):  # another rank removes it
+            # Not rglob, which raises for a folder that goes while it walks: another rank or thread prunes.
+            for path in sorted(Path(folder, name) for folder, _, names in os.walk(self.checkpoints) for name in names):
+                with suppress(FileNotFoundError):
                     found = path.stat()
                     durable = self._durable.get((found.st_ino, path.name), found.st_size)
                     if durable < found.st_size:

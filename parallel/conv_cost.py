@@ -9,7 +9,7 @@ from math import isqrt
 from typing import Literal
 
 from seqengine.parallel.cost import ACROSS_NODES, GROUP_SECONDS, MEMORY_BYTES_PER_SECOND, WITHIN_NODE, Link
-from seqengine.parallel.layout import overlap, split_sizes, split_span
+from seqengine.parallel.layout import overlap, split_size, split_sizes, split_span
 
 LongConvAlgorithm = Literal["halo", "transpose", "fft"]
 MOST_GROUPS = 8
@@ -76,15 +76,13 @@ def to_channels_bytes(bounds: Sequence[int], rank: int, channels: int, element_b
     element_bytes: bytes of one token of one channel, batch included.
     """
     tokens = bounds[rank + 1] - bounds[rank]
-    first, stop = split_span(channels, len(bounds) - 1, rank)
-    return tokens * (channels - (stop - first)) * element_bytes
+    return tokens * (channels - split_size(channels, len(bounds) - 1, rank)) * element_bytes
 
 
 def to_tokens_bytes(bounds: Sequence[int], rank: int, channels: int, element_bytes: int) -> int:
     """The way back, which is also the backward of `to_channels_bytes`."""
     tokens = bounds[rank + 1] - bounds[rank]
-    first, stop = split_span(channels, len(bounds) - 1, rank)
-    return (bounds[-1] - tokens) * (stop - first) * element_bytes
+    return (bounds[-1] - tokens) * split_size(channels, len(bounds) - 1, rank) * element_bytes
 
 
 def relay(num_ranks: int, node_size: int, source: int, target: int) -> int:
@@ -196,7 +194,7 @@ class FourStep:
     def _sends(self, rank: int, back: bool) -> tuple[int, int]:
         """Real numbers of tokens and complex ones of the spectrum that leave a rank: to columns and rows, or back."""
         (n1, n2), own = self.sizes, self.tokens(rank, rank)
-        columns, rows = (stop - start for start, stop in (split_span(n, self.ranks, rank) for n in (n2, n1 // 2 + 1)))
+        columns, rows = (split_size(n, self.ranks, rank) for n in (n2, n1 // 2 + 1))
         if back:
             first, last = (position + self.shift for position in (self.bounds[0], self.bounds[-1]))
             return self.before(last, rank) - self.before(first, rank) - own, rows * (n2 - columns)

@@ -25,11 +25,17 @@ def split_sizes(total: int, parts: int) -> list[int]:
     return [small + (i < extra) for i in range(parts)]
 
 
+def split_size(total: int, parts: int, part: int) -> int:
+    """One of `split_sizes`, without the others."""
+    small, extra = divmod(total, parts)
+    return small + (part < extra)
+
+
 def split_span(total: int, parts: int, part: int) -> Interval:
     """Where one part of `split_sizes` lies, without the others."""
     small, extra = divmod(total, parts)
     start = part * small + min(part, extra)
-    return start, start + small + (part < extra)
+    return start, start + split_size(total, parts, part)
 
 
 def offsets(sizes: Sequence[int]) -> tuple[int, ...]:

@@ -71,10 +71,11 @@ def by_context(model: LanguageModel, windows: Windows, config: RunConfig, mesh: 
     while contexts[-1] < windows.seq_len:
         contexts.append(min(2 * contexts[-1], windows.seq_len))
     found = []
+    mine = validation_share(windows, config, mesh).mine
     for context in contexts:
         ctx = SequenceContext.even(mesh.sequence, context)
         sums = torch.zeros(1, 2, dtype=torch.float64)
-        for index in validation_share(windows, config, mesh).mine:
+        for index in mine:
             start = windows.seq_len - context
             sums += _of_window(model, windows, index, start, ctx, [context - told, context], config, mesh)
         found.append(Part(context - told, context, *_mean(mesh, sums[0])))

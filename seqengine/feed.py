@@ -4,7 +4,6 @@ Sample i of a step belongs to a replica by arithmetic, and a rank reads its own 
 not depend on the mesh, and a stopped run goes on with the sample after the last.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from itertools import count, islice
 from pathlib import Path
@@ -24,7 +23,7 @@ from seqengine.data.tiles import mix
 from seqengine.parallel.context import SequenceContext
 from seqengine.parallel.layout import offsets, split_sizes
 from seqengine.parallel.mesh import Mesh
-from seqengine.runfiles import LineLog, write_lines
+from seqengine.runfiles import LineLog, read_lines, write_lines
 from seqengine.stages import Stage
 
 MICRO_BATCH_TOKENS = 1 << 16
@@ -204,7 +203,5 @@ class SampleLog(LineLog):
 
 
 def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Those of a log up to a step; half a line of a life that was killed is none."""
-    texts = path.read_text().splitlines() if path.is_file() else []
-    lines = [json.loads(text) for text in texts if text.endswith("}")]
-    return [line for line in lines if line["step"] <= step]
+    """Those of a log up to a step."""
+    return [line for line in read_lines(path) if line["step"] <= step]

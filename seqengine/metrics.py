@@ -7,7 +7,6 @@ windows.
 RUN/events.jsonl has a line for every start of the run, and for what goes wrong: event, step, time.
 """
 
-import json
 import math
 import resource
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from seqengine.errors import InputError
-from seqengine.runfiles import LineLog
+from seqengine.runfiles import LineLog, read_lines
 from seqengine.sinks import Events, Line, PlainLines, ProgressBar, Sink, TensorBoard, Wandb, WandbRun, describe
 
 __all__ = [
@@ -45,7 +44,7 @@ def read_metrics(run_dir: Path) -> list[Line]:
 
     Raises InputError for a line that no run wrote.
     """
-    lines = _read_lines(run_dir / FILE)
+    lines = read_lines(run_dir / FILE)
     for number, line in enumerate(lines, start=1):
         if not isinstance(line, dict) or type(line.get("step")) is not int:
             raise InputError(
@@ -56,19 +55,7 @@ def read_metrics(run_dir: Path) -> list[Line]:
 
 def read_events(run_dir: Path) -> list[Line]:
     """Every start, rewind and spike of a run, in order, but what a death cut short; empty if nothing was written."""
-    return _read_lines(run_dir / Events.FILE, goes_on=True)
-
-
-def _read_lines(path: Path, *, goes_on: bool = False) -> list[Line]:
-    """Up to a line that is not whole, or with goes_on all others: metrics are written anew after it, events are added."""
-    lines: list[Line] = []
-    for text in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            if not goes_on:
-                break
-    return lines
+    return read_lines(run_dir / Events.FILE)
 
 
 class JsonLines(LineLog):

@@ -50,6 +50,17 @@ def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
+def read_lines(path: Path) -> list[Any]:
+    """What the lines of a log say, up to one that is not whole, as a death leaves it; empty if there is no file."""
+    lines: list[Any] = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
 def check_place(run: Path) -> None:
     """Raises InputError naming all that is in the way of a run's directory, or of a file or directory in it."""
     found = [run / name for name in FOLDERS if _is_there(run / name) and not os.path.isdir(run / name)]

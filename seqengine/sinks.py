@@ -1,7 +1,6 @@
 """Where lines of metrics go besides RUN/metrics.jsonl: a terminal, plain lines, TensorBoard, Weights & Biases."""
 
 import importlib.util
-import json
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from seqengine.config.run import RunConfig
 from seqengine.config.sections import LogSection
 from seqengine.errors import InputError
+from seqengine.runfiles import LineLog, read_lines
 
 Line = dict[str, Any]
 TENSORBOARD, WANDB, WANDB_ID = "tensorboard", "wandb", "wandb-id"
@@ -224,23 +224,14 @@ class Wandb:
         self._run.finish()
 
 
-class Events:
-    """RUN/events.jsonl: what happened to a run, which metrics do not tell: starts, rewinds, spikes. Only ever added to."""
+class Events(LineLog):
+    """RUN/events.jsonl: what happened to a run, which metrics do not tell: starts, rewinds, spikes. All of them are kept."""
 
     FILE = "events.jsonl"
 
     def __init__(self, run_dir: Path) -> None:
-        path = run_dir / self.FILE
-        is_torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
-        self._file = path.open("a", buffering=1)
-        if is_torn:  # by a death: the next event has a line of its own
-            self._file.write("\n")
-
-    def write(self, event: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(event) + "\n")
-
-    def close(self) -> None:
-        self._file.close()
+        super().__init__(run_dir / self.FILE)
+        self.go_on_from(read_lines(self._path))
 
 
 def _scalars(line: Line) -> Line:

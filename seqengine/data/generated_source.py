@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from seqengine.config.data import SourceSection
-from seqengine.data import listops, pathfinder
+from seqengine.config.data import CLASSES, SourceSection
+from seqengine.data import listops
 from seqengine.data.cache import digest
 from seqengine.data.contract import IntArray
 from seqengine.data.labelled import BYTES, LabelledWindows, Vocabulary
@@ -68,7 +68,7 @@ class GeneratedSource:
         self.vocab_size, self.pad_id = ids.vocab_size, ids.pad_id
         self.mask_id: int | None = ids.mask_id
         self.replacements: range | None = ids.replacements
-        self.num_classes: int | None = listops.NUM_CLASSES if self.task == "listops" else pathfinder.NUM_CLASSES
+        self.num_classes: int | None = CLASSES[self.task]
         self.content_hash = digest({"format": FORMAT, "task": self.task, **settings.model_dump()})
         self._maker("train")
 

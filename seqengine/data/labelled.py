@@ -84,9 +84,7 @@ class LabelledWindows:
         window = np.full(self.seq_len + 1, self.pad_id, dtype=np.int64)
         window[: len(ids)] = ids
         labels = window[begin + 1 : end + 1].copy()
-        known = (
-            len(ids) if len(ids) < self.seq_len else self.seq_len - 1
-        )  # what follows a full window may have been cut off
+        known = min(len(ids), self.seq_len - 1)  # what follows a full window may have been cut off
         labels[max(0, known - begin) :] = IGNORE
         return window[begin:end].copy(), labels, None
 

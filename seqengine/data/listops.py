@@ -27,7 +27,6 @@ from seqengine.errors import InputError
 TOKENS = (*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")
 """Text of the ids 0 to 14; a digit is its own id."""
 MIN, MAX, MED, SM, CLOSE, PAD, MASK = range(10, 17)
-NUM_CLASSES = 10
 MOST_TREES = 20_000
 """Trees drawn for one example before its lengths are called out of reach."""
 

@@ -22,7 +22,6 @@ import numpy.typing as npt
 from seqengine.data.tiles import mix
 from seqengine.errors import InputError
 
-NUM_CLASSES = 2
 STEP = 0.5
 """Pixels between two points of a curve."""
 DASH, PERIOD = 3.0, 5.0

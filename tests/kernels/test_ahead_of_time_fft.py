@@ -13,8 +13,6 @@ from seqengine.kernels.conv import triton_two_level as two_level
 from tests.kernels.ahead_of_time import SHARED_LIMIT_BYTES, compile_ahead
 
 ARCHITECTURES = [80, 90]
-SLOW_TO_COMPILE = {"tf32": 90, "bf16x3": 80}
-"""Of large kernels, where a precision is left out: float16 builds each kernel for both architectures, these take turns."""
 
 MONARCH_STACK_BYTES = {
     (1024, "fp16"): (0, 0),
@@ -66,17 +64,8 @@ def compile_monarch(what, arch, N, precision, full=False, conj=False):
     return compile_kernel(kernel, arch, pointers, constants, monarch.num_warps(N, precision))
 
 
-def takes_turns(sizes):
-    """(size if there is one, precision, architecture) of what is built."""
-    return [
-        (*size, arch)
-        for size in sizes
-        for arch in ARCHITECTURES
-        if size[0] == 1024 or SLOW_TO_COMPILE.get(size[-1]) != arch
-    ]
-
-
-@pytest.mark.parametrize(("N", "precision", "arch"), takes_turns(MONARCH_STACK_BYTES))
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("N", "precision"), MONARCH_STACK_BYTES)
 @pytest.mark.parametrize("what", ["forward", "filter"])
 def test_monarch(what, N, precision, arch):
     built = compile_monarch(what, arch, N, precision)
@@ -119,7 +108,8 @@ def compile_two_level(what, arch, precision):
     return compile_kernel(two_level.inner_filter_bwd_kernel, arch, pointers, inner | absent, warps)
 
 
-@pytest.mark.parametrize(("precision", "arch"), takes_turns([(precision,) for precision in TWO_LEVEL_STACK_BYTES]))
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("precision", TWO_LEVEL_STACK_BYTES)
 @pytest.mark.parametrize("what", ["outer", "inverse", "inner", "filter"])
 def test_two_level(what, precision, arch):
     built = compile_two_level(what, arch, precision)

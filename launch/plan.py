@@ -22,6 +22,7 @@ from seqengine.launch.process import mesh_shape
 from seqengine.model import LanguageModel
 from seqengine.parallel.mesh import Mesh
 from seqengine.stages import Stage, stages_of
+from seqengine.unfilled import Unfilling
 
 SHOWN = 10
 """Rows of a ranked table."""
@@ -56,7 +57,7 @@ def make_plan(
     machine = find_machine(gpu)
     config = load(source, overrides, need_data=False).config
     nodes, gpus_per_node = _machines(config, nodes, gpus_per_node)
-    with torch.device("meta"):
+    with Unfilling():
         model = LanguageModel(config.model)
     planner, stages = Planner(config, model, machine, exact=not searches), stages_of(config)
     if searches:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from seqengine.config.run import RunConfig
 from seqengine.errors import InputError
@@ -18,6 +17,7 @@ from seqengine.parallel.context import SequenceContext
 from seqengine.parallel.layout import offsets, split_sizes
 from seqengine.parallel.mesh import Mesh
 from seqengine.stages import Stage, stages_of
+from seqengine.unfilled import Unfilling
 
 MOMENTS = {"adamw": 2, "muon": 2}
 """Most numbers that an optimiser keeps for each weight."""
@@ -92,7 +92,7 @@ def activation_bytes(config: RunConfig, rows: int, tokens: int, ranks: int = 1) 
     kept: dict[int, int] = {}
     drops = config.model.embed_dropout > 0.0 or config.model.resid_dropout > 0.0
     undropped = config.model.model_copy(update={"embed_dropout": 0.0, "resid_dropout": 0.0})
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with Unfilling():
         with default_dtype(arithmetic_dtype(config)):
             model = LanguageModel(
                 undropped
@@ -156,7 +156,7 @@ def shares(backend: str, zero: int | None, ranks: int, micro_batches: int) -> Sh
 
 def step_memory(config: RunConfig, stage: Stage, mesh: Mesh, micro_rows: int) -> StepMemory:
     """Of a stage on a rank of the mesh."""
-    with torch.device("meta"):
+    with Unfilling():
         numbers = sum(p.numel() for p in LanguageModel(config.model).parameters())
     num_bytes = numbers * arithmetic_dtype(config).itemsize
     micro_batches = -(-(stage.windows_per_step // mesh.num_replicas) // micro_rows)

@@ -24,6 +24,7 @@ from seqengine.memory import TRACED_RANKS, arithmetic_dtype, cut_over, shares, s
 from seqengine.model import LanguageModel
 from seqengine.optim import muon_names
 from seqengine.parallel.context import SequenceContext
+from seqengine.unfilled import Unfilling
 
 WORKSPACE = 8
 """Blocks of padded values that the backward of a long convolution holds at once (measured on a CPU, 7 to 10)."""
@@ -196,7 +197,7 @@ class Activations:
     def _transformed(self, layer: int) -> int:
         """Channels of a layer that go through long convolutions."""
         if layer not in self._channels:
-            with torch.device("meta"):
+            with Unfilling():
                 self._channels[layer] = transformed_channels(Block(self.config.model, layer).mixer)
         return self._channels[layer]
 

@@ -12,12 +12,6 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    FakeTensor,
-    FakeTensorMode,
-    in_kernel_invocation_manager,
-)
 from torch.utils._pytree import tree_leaves
 
 from seqengine.blocks import Block
@@ -25,22 +19,12 @@ from seqengine.config.run import RunConfig
 from seqengine.memory import arithmetic_dtype, default_dtype
 from seqengine.parallel.context import SequenceContext
 from seqengine.parallel.ledger import Tape
+from seqengine.unfilled import NeedsDataError, Unfilling
 
-CPU = torch.device("cpu")
-_aten, _prim = torch.ops.aten, torch.ops.prim
-PLAIN = frozenset(
-    {
-        *(_aten.view.default, _aten._unsafe_view.default, _aten.slice.Tensor, _aten.select.int, _aten.unbind.int),
-        *(_aten.unsqueeze.default, _aten.permute.default, _aten.transpose.int, _aten.t.default, _aten.expand.default),
-        *(_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.copy_.default, _aten._to_copy.default),
-        *(_aten.add.Tensor, _aten.add_.Tensor, _aten.mul.Tensor, _aten.div.Tensor, _aten.exp.default),
-        *(_aten.mm.default, _aten.bmm.default),
-    }
-)
-"""Operations whose result torch's meta kernels give, on one device."""
+_prim = torch.ops.prim
 
 
-class AliveBytes(FakeTensorMode):
+class AliveBytes(Unfilling):
     """Tensors without data; while it is `counting`, bytes of storages made and still alive, and the most of them at once.
 
     What our operators make for a while counts too: where it `looks_inside`, their code is run, which takes long, and fills
@@ -48,7 +32,7 @@ class AliveBytes(FakeTensorMode):
     """
 
     def __init__(self, workspace: dict[str, int], *, looks_inside: bool) -> None:
-        super().__init__(allow_non_fake_inputs=True)
+        super().__init__()
         self.now = self.most = 0
         self.workspace, self._looks_inside = workspace, looks_inside
         self._known: set[int] = set()
@@ -64,12 +48,10 @@ class AliveBytes(FakeTensorMode):
             self._counts = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # asked for as often as all else together
-        if not self._counts:
+        if not self._counts or func is _prim.device.default:
             return super().__torch_dispatch__(func, types, args, kwargs or {})
         if self._looks_inside and func.namespace == "seqengine":
-            with suppress(DataDependentOutputException):  # attention, cells and the loss look at values: taken whole
+            with suppress(NeedsDataError):  # attention, cells and the loss look at values: taken whole
                 return self._look_inside(func.name(), args, kwargs or {})
         self._counts = False  # not what an operation makes for itself
         try:
@@ -96,16 +78,6 @@ class AliveBytes(FakeTensorMode):
             self.most = max(self.most, before)
         return out
 
-    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Without FakeTensorMode's checks and cache, which take most of a trace, where torch's C++ knows the answer."""
-        if func not in PLAIN or (kwargs and "device" in kwargs) or not all(map(_is_plain, args)):
-            return super().dispatch(func, types, args, kwargs or {})
-        with in_kernel_invocation_manager(self):
-            out = func(*args, **(kwargs or {}))
-        if isinstance(out, FakeTensor):  # written in place
-            return out
-        return FakeTensor(self, out, CPU) if isinstance(out, Tensor) else [FakeTensor(self, x, CPU) for x in out]
-
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
@@ -118,13 +90,6 @@ class AliveBytes(FakeTensorMode):
     def _drop(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
-
-
-def _is_plain(x: object) -> bool:
-    """An argument that stands for no value."""
-    if not isinstance(x, Tensor):
-        return True
-    return isinstance(x, FakeTensor) and x.constant is None and x.fake_device == CPU
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,8 @@ class _Leaving(torch.autograd.Function):
         part, d_final = shared.part, d_state
         if d_ends is not None:
             d_final = torch.cat([d_ends, d_state]) if part.leaving < part.tokens else d_ends
-        dq, dk, dv, dg, d_before = summary.gradients(arguments, starts, do, d_final, part.backend)
+        of_gates = ctx.needs_input_grad[5]
+        dq, dk, dv, dg, d_before = summary.gradients(arguments, starts, do, d_final, part.backend, of_gates=of_gates)
         d_rows = None if d_ends is None else d_before[int(part.entering > 0) :]
         return None, None, dq, dk, dv, dg, d_rows
 

@@ -129,8 +129,10 @@ def backward(
     starts: Tensor,
     bounds: Tensor | None,
     name: str,
+    *,
+    of_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g ([0] if there is none) and of the initial states."""
+    """Gradients of q, k, v, g ([0] without of_gates) and of the initial states."""
     plan = plan_of(q, v, bounds)
     B, T, H, _ = q.shape
     parts = segments(plan, T, bounds, q.device, name)
@@ -138,7 +140,7 @@ def backward(
     d_final = d_final.unsqueeze(0 if bounds is None else 1)
     d_initial = d_final.to(starts.dtype, copy=True)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    dg = q.new_empty(0) if g is None else torch.empty(g.shape, dtype=g.dtype, device=g.device)
+    dg = torch.empty(g.shape, dtype=g.dtype, device=g.device) if g is not None and of_gates else q.new_empty(0)
     with torch.autocast(q.device.type, enabled=False):
         fixed = torch.zeros(H, dtype=torch.float64, device=q.device)
         for block in blocks(plan, B, H):
@@ -149,25 +151,33 @@ def backward(
                 inputs[0] *= scale
                 gates = _gates(g, block, segment, inputs[0])
                 start = starts[i, block.rows, block.heads]
-                b_dq, b_dk, b_dv, b_dg = _backward_tile(gates, inputs, segment, start, carry, places)
+                b_dq, b_dk, b_dv, b_dg = _backward_tile(gates, inputs, segment, start, carry, places, dg.numel() > 0)
                 b_dq *= scale
                 for out, tile in ((dq, b_dq), (dk, b_dk), (dv, b_dv)):
                     store(out, block, segment, tile)
+                if b_dg is None:
+                    continue
                 if isinstance(gates, FixedGates):
                     fixed[block.heads] += b_dg
                 else:
                     store(dg.unsqueeze(-1) if dg.ndim == 3 else dg, block, segment, b_dg)
-    if g is not None and g.ndim == 1:
+    if dg.ndim == 1 and dg.numel() > 0:
         dg.copy_(fixed)
     return dq, dk, dv, dg, d_initial.squeeze(0 if bounds is None else 1)
 
 
 def _backward_tile(
-    gates: Gates, inputs: list[Tensor], segment: Segment, start: Tensor, carry: Tensor, places: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gates: Gates,
+    inputs: list[Tensor],
+    segment: Segment,
+    start: Tensor,
+    carry: Tensor,
+    places: list[Tensor],
+    of_gates: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of a tile's (scaled) q, k, v and of its gates; moves the carry, the states' gradient, to its start."""
     (q, k, v, do), (source, d_final, d_initial) = inputs, places
-    dq, dk, dv = gates.gradients(q, k, v, do)
+    dq, dk, dv = gates.gradients(q, k, v, do, of_gates=of_gates)
     q, k = q.mul_(gates.into), k.mul_(gates.out)
     decay = _spread(gates.decay, segment)
     nowhere = torch.empty_like(d_initial)
@@ -177,5 +187,7 @@ def _backward_tile(
     d_q, d_k = bmm(do, before.mT), bmm(v, after.mT)
     dq.addcmul_(d_q, gates.into)
     dk.addcmul_(d_k, gates.out)
+    if not of_gates:
+        return dq, dk, dv, None
     d_decay = before.mul_(after).sum(dim=-1).mul_(decay.squeeze(-1).to(q.dtype))
     return dq, dk, dv, gates.gate_gradients(d_q.mul_(q), d_k.mul_(k), d_decay)

@@ -49,8 +49,10 @@ class ChannelGates:
             grow(self.into, self.out, h)
         return o
 
-    def gradients(self, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of q, k and v."""
+    def gradients(
+        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, *, of_gates: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of q, k and v. of_gates: keep what `gate_gradients` needs."""
         own = _row_dots(do, v)
         dq, dk, dv = own * k, own * q, _row_dots(q, k) * do
         for h in levels(self.chunk):
@@ -61,7 +63,8 @@ class ChannelGates:
             dx, dy = product(d_scores, y), product(d_scores.mT, x)
             halves(dq, h)[:, 1].addcmul_(dx, halves(self.into, h)[:, 1])
             halves(dk, h)[:, 0].addcmul_(dy, halves(self.out, h)[:, 0])
-            self._crossing.append((dx.mul_(x), dy.mul_(y)))
+            if of_gates:
+                self._crossing.append((dx.mul_(x), dy.mul_(y)))
             grow(self.into, self.out, h)
         return dq, dk, dv
 
@@ -102,11 +105,15 @@ class HeadGates:
     def outputs(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return bmm(bmm(q, k.mT).mul_(self.between), v)
 
-    def gradients(self, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of q, k and v."""
+    def gradients(
+        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, *, of_gates: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of q, k and v. of_gates: keep what `gate_gradients` needs."""
         a, da = bmm(q, k.mT).mul_(self.between), bmm(do, v.mT)
         dv = bmm(a.mT, do)
-        self._pairs = a.mul_(da)
+        if of_gates:
+            self._pairs = a.mul_(da)
+        del a
         da.mul_(self.between)
         return bmm(da, k), bmm(da.mT, q), dv
 

@@ -61,11 +61,13 @@ def gla_backward(
     starts: Tensor,
     bounds: Tensor | None,
     backend: str = "torch",
+    of_gates: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g ([0] if there is none) and the initial states."""
+    """Gradients of q, k, v, g ([0] if there is none or without of_gates) and the initial states."""
     if backend != "torch":
-        return _backward_by_triton(do, d_final, q, k, v, g, scale, initial, bounds)
-    return chunked.backward(do, d_final, q, k, v, g, scale, initial, starts, bounds, _name(g))
+        dq, dk, dv, dg, d_initial = _backward_by_triton(do, d_final, q, k, v, g, scale, initial, bounds)
+        return dq, dk, dv, dg if of_gates else q.new_empty(0), d_initial  # one kernel finds all of them at once
+    return chunked.backward(do, d_final, q, k, v, g, scale, initial, starts, bounds, _name(g), of_gates=of_gates)
 
 
 def _forward_on_gpu(
@@ -153,9 +155,10 @@ def _(
     starts: Tensor,
     bounds: Tensor | None,
     backend: str = "torch",
+    of_gates: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    dg = q.new_empty(0) if g is None else torch.empty(g.shape, dtype=g.dtype, device=g.device)
+    dg = torch.empty(g.shape, dtype=g.dtype, device=g.device) if g is not None and of_gates else q.new_empty(0)
     return dq, dk, dv, dg, torch.empty(_states_shape(q, v, bounds), dtype=starts.dtype, device=q.device)
 
 
@@ -173,13 +176,16 @@ def _differentiate_gla(ctx: Any, do: Tensor | None, d_final: Tensor | None, _: T
         do = torch.zeros_like(v)
     if d_final is None:
         d_final = torch.zeros(ctx.final[0], dtype=ctx.final[1], device=q.device)
-    dq, dk, dv, dg, d_initial = gla_backward(do, d_final, q, k, v, g, ctx.scale, initial, starts, bounds, ctx.backend)
-    dg_or_none, d_state = None if g is None else dg, None if initial is None else d_initial.to(initial.dtype)
+    of_gates = ctx.needs_input_grad[3]
+    dq, dk, dv, dg, d_initial = gla_backward(
+        do, d_final, q, k, v, g, ctx.scale, initial, starts, bounds, ctx.backend, of_gates
+    )
+    dg_or_none, d_state = dg if of_gates else None, None if initial is None else d_initial.to(initial.dtype)
     return dq, dk, dv, dg_or_none, None, d_state, None, None
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    do, d_final, q, k, v, g, scale, initial, _, bounds, _ = inputs
+    do, d_final, q, k, v, g, scale, initial, _, bounds, _, ctx.of_gates = inputs
     ctx.save_for_backward(do, d_final, q, k, v, g, initial, bounds)
     ctx.scale = scale
     ctx.set_materialize_grads(False)
@@ -187,8 +193,10 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _differentiate_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
     """Of gla_backward, by writing it as the gradient of composed.gla. `starts` follows from the other arguments."""
+    if not ctx.of_gates:
+        cotangents = (*cotangents[:3], None, cotangents[4])
     if all(c is None for c in cotangents):
-        return (None,) * 11
+        return (None,) * 12
     *needed, g, initial, bounds = ctx.saved_tensors
     keep_graph = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(needed[0].device.type, enabled=False):
@@ -210,7 +218,7 @@ def _differentiate_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tenso
     d_do, d_d_final, dq, dk, dv, dg, d_initial = (
         None if x is None else next(by_leaf) for x in (do, d_final, q, k, v, g, initial)
     )
-    return d_do, d_d_final, dq, dk, dv, dg, None, d_initial, None, None, None
+    return d_do, d_d_final, dq, dk, dv, dg, None, d_initial, None, None, None, None
 
 
 gla.register_autograd(_differentiate_gla, setup_context=_save_for_gla)

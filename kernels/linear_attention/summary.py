@@ -120,12 +120,13 @@ def outputs(a: Arguments, backend: op.Backend) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gradients(
-    a: Arguments, starts: Tensor, do: Tensor, d_final: Tensor, backend: op.Backend
+    a: Arguments, starts: Tensor, do: Tensor, d_final: Tensor, backend: op.Backend, *, of_gates: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """Of q, k, v, g and the initial states, from those of o and of the final states."""
+    """Of q, k, v, g (with of_gates) and the initial states, from those of o and of the final states."""
+    of_gates = of_gates and a.g is not None
     if a.v.shape[1] == 0:
         dq, dk, dv = (torch.zeros_like(x) for x in (a.q, a.k, a.v))
-        return dq, dk, dv, None if a.g is None else torch.zeros_like(a.g), d_final
+        return dq, dk, dv, torch.zeros_like(a.g) if a.g is not None and of_gates else None, d_final
     if backend == "reference":
         with torch.enable_grad():
             q, k, v, initial = (x.detach().requires_grad_() for x in (a.q, a.k, a.v, a.initial))
@@ -133,9 +134,11 @@ def gradients(
             found = _definition(Arguments(q, k, v, g, a.scale, initial, a.bounds))
         leaves = [x for x in (q, k, v, initial, g) if x is not None]
         dq, dk, dv, d_initial, *dg = torch.autograd.grad(found, leaves, (do, d_final))
-        return dq, dk, dv, dg[0] if dg else None, d_initial
-    dq, dk, dv, d_gates, d_initial = ops.gla_backward(do, d_final, *a[:6], starts, a.bounds, op.operator_of(backend))
-    return dq, dk, dv, None if a.g is None else d_gates, d_initial
+        return dq, dk, dv, dg[0] if of_gates else None, d_initial
+    dq, dk, dv, d_gates, d_initial = ops.gla_backward(
+        do, d_final, *a[:6], starts, a.bounds, op.operator_of(backend), of_gates
+    )
+    return dq, dk, dv, d_gates if of_gates else None, d_initial
 
 
 def _definition(a: Arguments) -> tuple[Tensor, Tensor]:

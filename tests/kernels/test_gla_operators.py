@@ -45,10 +45,27 @@ def test_operators_keep_torchs_contract(gates, bounds):
         ops.gla, (leaves["q"], leaves["k"], leaves["v"], leaves.get("g"), 0.5, leaves["initial_state"], ends)
     )
     o, state, starts = ops.gla(a["q"], a["k"], a["v"], a.get("g"), 0.5, a["initial_state"], ends)
-    torch.library.opcheck(
-        ops.gla_backward,
-        (o, state, a["q"], a["k"], a["v"], a.get("g"), 0.5, a["initial_state"], starts, ends),
-    )
+    given = (o, state, a["q"], a["k"], a["v"], a.get("g"), 0.5, a["initial_state"], starts, ends)
+    torch.library.opcheck(ops.gla_backward, given)
+    torch.library.opcheck(ops.gla_backward, (*given, "torch", False))
+
+
+@pytest.mark.parametrize("T", [1, 70])
+@pytest.mark.parametrize("gates", ["channel", "head", "fixed"])
+def test_gates_that_need_no_gradient_change_none(gates, T):
+    """Of the first and of the second order; nothing is computed for the gates."""
+    a, found = tensors(gates, 2, T, 2, 3, 4), []
+    for needs in (True, False):
+        leaves = {name: x.clone().requires_grad_(name != "g" or needs) for name, x in a.items()}
+        o, state = function_of(gates)(**leaves, output_final_state=True)
+        asked = [x for name, x in leaves.items() if name != "g"]
+        first = torch.autograd.grad(o.sin().sum() + state.cos().sum(), asked, create_graph=True)
+        found.append((*first, *torch.autograd.grad(sum(x.sin().sum() for x in first), asked)))
+    for with_gates, without in zip(*found, strict=True):
+        assert torch.equal(with_gates, without)
+    o, state, starts = ops.gla(a["q"], a["k"], a["v"], a["g"], 0.5, a["initial_state"], None)
+    given = (o, state, a["q"], a["k"], a["v"], a["g"], 0.5, a["initial_state"], starts, None)
+    assert ops.gla_backward(*given, of_gates=False)[3].shape == (0,)
 
 
 @pytest.mark.parametrize("T", [1, 70])

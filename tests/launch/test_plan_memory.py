@@ -9,6 +9,7 @@ from seqengine.launch.planning.memory import Activations, count_sizes, rank_memo
 from seqengine.launch.planning.trace import trace_block
 from seqengine.launch.planning.traffic import Layout
 from seqengine.memory import activation_bytes, split_context
+from seqengine.mixers.registry import MIXERS
 from seqengine.model import LanguageModel, build_model
 from seqengine.parallel.context import SequenceContext
 from seqengine.parallel.mesh import Mesh
@@ -76,9 +77,7 @@ CASES = [
     (("hyena_se", "hyena_li", "long_conv"), "selective", "fp32", 512, 4),
     (("hyena", "hyena_mr"), "block", "bf16", 2048, 2),
     # Short windows, where what operators need for a while is a good part.
-    (("gated_delta",), "block", "fp32", 256, 4),
-    (("ssd",), "none", "fp32", 256, 2),
-    (("h3", "s4_ptd"), "block", "fp32", 256, 4),
+    *(((name, name), "block", "fp32", 256, 4) for name in MIXERS),
     (("long_conv", "sgconv", "attention"), "block", "fp32", 256, 4),
     (("retention", "s4d"), "none", "fp32", 256, 4),
     # Longer ones than are looked into.

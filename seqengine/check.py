@@ -7,12 +7,14 @@ import torch
 from seqengine.config.run import RunConfig
 from seqengine.data.source import Source, check_classes, check_vocabulary, open_source
 from seqengine.errors import InputError
+from seqengine.meaning import check_beginning
 from seqengine.metrics import read_metrics
 from seqengine.model import LanguageModel
 from seqengine.optim import group_settings
 from seqengine.rundir import CheckpointTarget, RunDirectory
 from seqengine.sinks import check_sinks
 from seqengine.stages import stages_of
+from seqengine.unfilled import Unfilling
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def _check_compiler(config: RunConfig) -> None:
 def _shapes_of(config: RunConfig) -> LanguageModel:
     """The model without memory. Raises InputError for sizes that do not go together, or are too large for any machine."""
     try:
-        with torch.device("meta"):
+        with Unfilling():
             return LanguageModel(config.model)
     except InputError:
         raise
@@ -91,7 +93,7 @@ def check_run(config: RunConfig, *, reads_data: bool = True) -> Summary:
     check_sinks(config.log)
     read_metrics(config.run_dir)
     if config.train.init_from is not None and not RunDirectory(config.run_dir).checkpoints.is_dir():
-        CheckpointTarget.find(config.train.init_from)
+        check_beginning(CheckpointTarget.find(config.train.init_from), config.model)
     model = _shapes_of(config)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     settings = group_settings(sizes, config.optim, model.rules)

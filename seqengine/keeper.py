@@ -11,12 +11,11 @@ from seqengine.checkpoint.reading import TensorReader
 from seqengine.checkpoint.restore import find_checkpoint
 from seqengine.checkpoint.state import Progress, Record, restore_rng, rng_tensors
 from seqengine.checkpoint.store import CheckpointStore, Found
-from seqengine.config.model import ModelConfig
 from seqengine.config.run import RunConfig
 from seqengine.data.stream import StreamState
 from seqengine.ema import Ema
 from seqengine.errors import InputError
-from seqengine.mixers.hyena import HyenaConfig
+from seqengine.meaning import check_beginning
 from seqengine.parallel.mesh import Mesh
 from seqengine.rundir import CheckpointTarget, RunDirectory, mesh_record, versions
 from seqengine.spikes import SpikeDetector
@@ -118,8 +117,7 @@ class Keeper:
                 f"train.init_from: {directory} must be of the same [model] but for its head; it differs in "
                 f"{', '.join(wrong[:4])}{' and more' if len(wrong) > 4 else ''}."
             )
-        if meant := meant_otherwise(target.run.read_config(need_data=False).config.model, self.config.model):
-            raise InputError(*(f"train.init_from: {directory} {problem}" for problem in meant))
+        check_beginning(target, self.config.model)
         self.store.load(directory, fits, prefixes=())
         self.backend.loaded(tensors)
         if self.ema is not None:
@@ -138,32 +136,3 @@ class Keeper:
 
     def close(self) -> None:
         self.store.close()
-
-
-def meant_otherwise(theirs: ModelConfig, mine: ModelConfig) -> list[str]:
-    """What given weights computed there and would not compute here, though all shapes are the same."""
-    problems = []
-    for key in ("norm", "norm_place", "norm_eps", "mlp"):
-        there, here = getattr(theirs, key), getattr(mine, key)
-        if there != here:
-            problems.append(f"has model.{key} = {there!r}, which the weights were trained with; got {here!r}. Set it.")
-    there, here = _hyena(theirs), _hyena(mine)
-    if there is None or here is None:
-        return problems
-    if theirs.l_max != mine.l_max:
-        problems.append(
-            f"has filters that are functions of t / {theirs.l_max:,}; got t / {mine.l_max:,}. Set model.max_len = "
-            f"{mine.max_len + theirs.l_max - mine.l_max}."
-        )
-    place = "model.filter" if mine.arch == "hyenadna" else "model.mixers.hyena.filter"
-    for key in ("modulate", "shift"):
-        was, now = getattr(there.filter, key), getattr(here.filter, key)
-        if was != now:
-            problems.append(f"has filters of {key} = {was!r}; got {place}.{key} = {now!r}. Set it to {was!r}.")
-    return problems
-
-
-def _hyena(model: ModelConfig) -> HyenaConfig | None:
-    """The settings of its Hyena layers, which all have the same."""
-    settings = (model.mixer(layer)[1] for layer in range(model.n_layer))
-    return next((found for found in settings if isinstance(found, HyenaConfig)), None)

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -24,6 +24,13 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         allow_inf_nan=False,
     )
+    FORGOTTEN: ClassVar[frozenset[str]] = frozenset()
+    """Settings that may change under trained weights: how they began, how they learn, how far positions are stretched."""
+
+    @property
+    def is_told_by_max_len(self) -> bool:
+        """Whether the same weights compute something else for another model.max_len."""
+        return False
 
     @model_validator(mode="before")
     @classmethod

@@ -24,6 +24,8 @@ Positive = Annotated[Count, Field(gt=0)]
 class AttentionConfig(Section):
     """[model.mixers.attention]: softmax attention."""
 
+    FORGOTTEN = frozenset({"rotary_base", "rotary_scale", "window"})
+
     num_heads: Positive = 4
     """Heads of queries; divides d_model."""
     num_kv_heads: Positive | None = None

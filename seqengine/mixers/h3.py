@@ -24,6 +24,8 @@ from seqengine.parallel.context import SequenceContext
 class H3Config(Section):
     """[model.mixers.h3]: shift and diagonal state-space models between gates."""
 
+    FORGOTTEN = frozenset({"init", "step_min", "step_max"})
+
     d_state: Annotated[int, Field(ge=2)] = 64
     """States of each system: taps of the shift filter, and twice the complex modes of the diagonal one; even."""
     head_dim: Annotated[int, Field(ge=1)] = 1

@@ -29,6 +29,8 @@ def _odd(number: int) -> int:
 class FilterConfig(Section):
     """[model.filter]: the implicit long filter."""
 
+    FORGOTTEN = frozenset({"sine_w"})
+
     order: Annotated[int, Field(gt=0)] = 64
     """Width of the filter's network."""
     emb_dim: Annotated[int, Field(ge=3), AfterValidator(_odd)] = 5
@@ -52,6 +54,10 @@ class HyenaConfig(Section):
     """Taps of the short convolution."""
     filter: FilterConfig = FilterConfig()
     """The implicit long filter."""
+
+    @property
+    def is_told_by_max_len(self) -> bool:
+        return True
 
 
 FAST_DECAY, SLOW_DECAY, DECAY_TARGET = 0.3, 1.5, 1e-2

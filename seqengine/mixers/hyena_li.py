@@ -22,6 +22,8 @@ RESIDUE_SCALE = 0.1
 class HyenaLIConfig(StripedConfig):
     """[model.mixers.hyena_li]: gates and a filter without end."""
 
+    FORGOTTEN = frozenset({"gamma_min", "gamma_max"})
+
     state_size: Positive = 16
     """Exponentials N a channel."""
     gamma_min: PositiveRate = 0.01

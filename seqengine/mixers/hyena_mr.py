@@ -34,6 +34,10 @@ class HyenaMRConfig(StripedConfig):
     skip: bool = True
     """Whether the filter has a tap at lag 0 for each channel, beside those that its group shares."""
 
+    @property
+    def is_told_by_max_len(self) -> bool:
+        return self.decay != "none" and self.decay_tokens is None
+
 
 class HyenaMR(StripedOperator):
     """y = W_out (post * (k (*) (pre * v) + skip * pre * v)), k[g, s] = h[g, s] exp(-rate[g] s / (decay_tokens - 1)).

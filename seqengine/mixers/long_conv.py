@@ -23,6 +23,8 @@ MOST_SQUASHED = 3.0
 class LongConvConfig(Section):
     """[model.mixers.long_conv]: learned taps."""
 
+    FORGOTTEN = frozenset({"init", "kernel_dropout", "filter_lr"})
+
     init: Literal["random", "double_exp"] = "double_exp"
     """random: small normal taps; double_exp: normal taps that decay with the lag, in later channels faster."""
     squash: Annotated[float, Field(ge=0.0)] = 0.003

@@ -23,6 +23,8 @@ from seqengine.mixers.s4d import DiagonalConfig, DiagonalLayer
 class S4PTDConfig(DiagonalConfig):
     """[model.mixers.s4_ptd]: diagonal state-space models from a perturbed HiPPO-LegS matrix."""
 
+    FORGOTTEN = DiagonalConfig.FORGOTTEN | {"perturbation"}
+
     d_state: Annotated[int, Field(ge=2)] = 64
     """States of each channel's system, all of them complex modes: the perturbed poles are no conjugate pairs."""
     perturbation: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.1

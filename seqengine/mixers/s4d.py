@@ -18,6 +18,8 @@ from seqengine.parallel.context import SequenceContext
 class DiagonalConfig(Section):
     """What every layer of diagonal state-space models has."""
 
+    FORGOTTEN = frozenset({"init", "step_min", "step_max"})
+
     d_state: Annotated[int, Field(ge=1)] = 64
     """States of each channel's system."""
     discretisation: Discretisation = "zoh"

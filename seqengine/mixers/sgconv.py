@@ -16,6 +16,8 @@ from seqengine.parallel.context import SequenceContext
 class SGConvConfig(Section):
     """[model.mixers.sgconv]: filters of pieces at growing scales."""
 
+    FORGOTTEN = frozenset({"decay_min", "decay_max", "filter_lr"})
+
     kernel_dim: Annotated[int, Field(ge=1)] = 64
     """Parameters of each piece and channel; the filter has about log2(max_len / kernel_dim) + 1 pieces."""
     decay_min: Annotated[float, Field(gt=0.0)] = 2.0

@@ -19,6 +19,8 @@ from seqengine.parallel.context import SequenceContext
 class SsdConfig(Section):
     """[model.mixers.ssd]: Mamba-2."""
 
+    FORGOTTEN = frozenset({"decay_range"})
+
     expand: Annotated[int, Field(gt=0)] = 2
     """Inner channels, as a multiple of d_model."""
     head_dim: Annotated[int, Field(gt=0)] = 64

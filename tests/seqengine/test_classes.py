@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from itertools import product
 
 import pytest
@@ -235,10 +236,13 @@ def test_a_head_of_classes_on_published_hidden_states_tells_the_accuracy_of_sequ
     ("setting", "message"),
     [
         ("model.max_len=62", r"functions of t / 64; got t / 62\. Set model\.max_len = 64"),
-        ("model.mixers.hyena.filter.shift=0", r"shift = 0\.05; got model\.mixers\.hyena\.filter\.shift = 0\.0\. Set it"),
+        ("model.mixers.hyena.filter.shift=0", r"has model\.mixers\.hyena\.filter\.shift = 0\.05, which .*; got 0\.0\. Set it"),
         ("model.norm_eps=1e-6", r"has model\.norm_eps = 1e-05, which the weights were trained with; got 1e-06"),
     ],
 )  # fmt: skip
-def test_weights_of_the_same_shapes_that_meant_something_else_are_refused(dna, setting, message):
+def test_weights_of_the_same_shapes_that_meant_something_else_are_refused(dna, setting, message, capsys):
+    settings = ("data.folder=sequences", "train.init_from=runs/imported", setting)
+    assert main(["check", "test.toml", *settings]) == 2
+    assert re.search(message, capsys.readouterr().err)
     with pytest.raises(AssertionError, match=message):
-        train_on(1, dna, "data.folder=sequences", "train.init_from=runs/imported", setting)
+        train_on(1, dna, *settings)

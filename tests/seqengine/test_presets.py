@@ -5,7 +5,7 @@ import torch
 
 from seqengine.config.layers import PRESETS, preset_names
 from seqengine.config.load import load
-from seqengine.keeper import meant_otherwise
+from seqengine.meaning import meant_otherwise
 from seqengine.model import LanguageModel
 
 # Width, layers, longest sequence (the published l_max less 2), as published with arXiv:2306.15794.

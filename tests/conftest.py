@@ -3,7 +3,10 @@
 The same holds for the commands that tests start: threads that wait for a core make a step many times slower.
 """
 
+import importlib
+import importlib.util
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,15 @@ def poisoned_memory():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = before
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def deepspeed_imported():
+    """Here, before ranks are forked, with what it imports when it starts: seconds that each of them would take."""
+    if importlib.util.find_spec("deepspeed") is not None:
+        with warnings.catch_warnings(action="ignore"):
+            importlib.import_module("deepspeed")
+            importlib.import_module("torch._inductor.compile_fx")
 
 
 @pytest.fixture

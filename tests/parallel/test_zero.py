@@ -16,6 +16,7 @@ from tests.parallel.hybrid import WINDOWS, hybrid, part_of, train, windows
 from tests.ranks import run_ranks
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.usefixtures("deepspeed_imported")
 CPU, STEPS = torch.device("cpu"), 4
 has_deepspeed = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not has_deepspeed, reason="DeepSpeed is not installed: pip install deepspeed")

@@ -7,6 +7,7 @@ import pytest
 from seqengine.errors import InputError
 from tests.seqengine.runs import config, is_same, losses, train_on
 
+pytestmark = pytest.mark.usefixtures("deepspeed_imported")
 STEPS = "train.steps=20"
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install deepspeed"

@@ -1,4 +1,4 @@
-"""Shapes and dtypes of what operations of torch give, for those whose meta kernels in torch import its compiler.
+"""Shapes and dtypes of what operations of torch give, for those whose meta kernels in torch import its compiler, or sympy.
 
 All results are contiguous. Arguments are named and ordered as in torch's schemas.
 """
@@ -125,6 +125,10 @@ def _linspace(start: float, end: float, steps: int, *, dtype: torch.dtype | None
     return Result((steps,), dtype or torch.get_default_dtype())
 
 
+def _randn(size: Sequence[int], *, dtype: torch.dtype | None = None, **_: Any) -> Result:
+    return Result(size, dtype or torch.get_default_dtype())
+
+
 RESULTS: dict[Any, Callable[..., Result | tuple[Result | None, ...]]] = {
     _aten.sum.dim_IntList: _sum,
     _aten.mean.dim: _sum,
@@ -146,4 +150,6 @@ RESULTS: dict[Any, Callable[..., Result | tuple[Result | None, ...]]] = {
     _aten.arange.start: _arange,
     _aten.arange.start_step: _arange,
     _aten.linspace.default: _linspace,
+    _aten.randn.default: _randn,
+    _aten.rand.default: _randn,
 }

@@ -58,7 +58,8 @@ def generate(section: SyntheticSection) -> bytes:
         words = np.asarray(source.random_raw(2 * count)).reshape(count, 2)
         uniform = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
         # What the chain would draw in each of its contexts: the loop below is then one look-up per base.
-        drawn = (uniform[:, 1, None, None] >= bounds).sum(axis=2, dtype=np.uint8).tobytes()
+        chosen = uniform[:, 1, None]
+        drawn = sum((chosen >= bound).view(np.uint8) for bound in bounds.T).tobytes()
         repeats = (uniform[:, 0] < section.repeat).tobytes()
         for i in range(count):
             t = first + i

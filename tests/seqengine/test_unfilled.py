@@ -69,6 +69,7 @@ FACTORIES = {
     "linspace": lambda: torch.linspace(0, 1, 5),
     "full": lambda: torch.full((2, 3), 1.5),
     "randn": lambda: torch.randn(2, 3),
+    "rand": lambda: torch.rand(4, dtype=torch.float64),
     "eye": lambda: torch.eye(3, dtype=torch.float64),
     "numbers": lambda: torch.tensor([1, 2, 3]) * 2,
 }

@@ -12,70 +12,68 @@ The products cost R Q multiply-adds of spectra for R and Q pieces, which is why 
 References: Stockham 1966 (sectioned convolution); the uniform partition of the filter: Wefers 2015, RWTH Aachen, chapter 5.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from seqengine.kernels.conv.plan import Block, Plan, pieces
 from seqengine.kernels.conv.stream import Rows, Sink, Stream
+from seqengine.kernels.conv.transforms import Transforms
 
 
 class Partitions:
     """Pieces of how.hop = C values."""
 
     def __init__(self, how: Plan) -> None:
-        self.piece, self.inputs, self.ahead = how.hop, Rows(), Rows()
+        self.piece, self.inputs, self.ahead, self.fft = how.hop, Rows(), Rows(), Transforms()
 
-    def _spectra(self, rows: Rows, x: Stream, block: Block, reach: int) -> Tensor:
+    def _spectra(self, name: str, rows: Rows, x: Stream, block: Block, reach: int) -> Tensor:
         """[B, g, p, R, C + 1]: spectra of 2 C points, of which the first `reach` are x from each piece on."""
         C, R = self.piece, pieces(len(x), self.piece)
         buffer = rows.zeros(x, block, R, 2 * C)
         for r in range(R):
             last = min(r * C + reach, len(x))
             x.write(buffer[..., r, : last - r * C], block, r * C, last)
-        spectra: Tensor = torch.fft.rfft(buffer)
-        return spectra
+        return self.fft.rfft(name, buffer, 2 * C)
 
     def _taps(self, k: Tensor) -> Tensor:
         """[b, g, q, Q, C + 1]: spectra of the pieces of the filter, each padded to 2 C points."""
         C, Q = self.piece, pieces(k.shape[-1], self.piece)
         whole = F.pad(k, (0, Q * C - k.shape[-1]))
-        spectra: Tensor = torch.fft.rfft(whole.unflatten(-1, (Q, C)), n=2 * C)
-        return spectra
+        return self.fft.rfft("taps", whole.unflatten(-1, (Q, C)), 2 * C)
 
     def _output(self, inputs: Tensor, taps: Tensor, block: Block, y: Sink) -> None:
         C, R = self.piece, inputs.shape[-2]
         total = inputs * taps[..., :1, :]
         for m in range(1, taps.shape[-2]):
             total[..., m:, :].addcmul_(inputs[..., : R - m, :], taps[..., m : m + 1, :])
-        both = torch.fft.irfft(total, n=2 * C)
+        both = self.fft.irfft("outputs", total, 2 * C)
         z: Tensor = both[..., :C]
         z[..., 1:, :] += both[..., :-1, C:]
         for r in range(R):
             y.write(block, r * C, z[..., r, :])
 
     def convolve(self, x: Stream, k: Tensor, block: Block, y: Sink) -> None:
-        self._output(self._spectra(self.inputs, x, block, self.piece), self._taps(k), block, y)
+        self._output(self._spectra("inputs", self.inputs, x, block, self.piece), self._taps(k), block, y)
 
     def gradients(
         self, dy: Stream, x: Stream, k: Tensor, block: Block, dx: Sink | None, y: Sink | None, need_k: bool
     ) -> Tensor | None:
         C, R, Q = self.piece, pieces(len(x), self.piece), pieces(k.shape[-1], self.piece)
         if y is not None or need_k:
-            inputs = self._spectra(self.inputs, x, block, C)
+            inputs = self._spectra("inputs", self.inputs, x, block, C)
         if y is not None or dx is not None:
             taps = self._taps(k)
         if y is not None:
             self._output(inputs, taps, block, y)
         if dx is None and not need_k:
             return None
-        spectra = self._spectra(self.ahead, dy, block, 2 * C)
+        spectra = self._spectra("ahead", self.ahead, dy, block, 2 * C)
         if dx is not None:
             taps.conj_physical_()
             total = spectra * taps[..., :1, :]
             for m in range(1, Q):
                 total[..., : R - m, :].addcmul_(spectra[..., m:, :], taps[..., m : m + 1, :])
-            found = torch.fft.irfft(total, n=2 * C)
+            found = self.fft.irfft("outputs", total, 2 * C)
             for r in range(R):
                 dx.write(block, r * C, found[..., r, :C])
         if not need_k:
@@ -86,5 +84,5 @@ class Partitions:
             reached = min(Q, R - r)
             sums[..., :reached, :].addcmul_(spectra[..., r : r + reached, :], inputs[..., r : r + 1, :])
         sums = sums.sum_to_size(*k.shape[:-1], Q, C + 1)
-        dk: Tensor = torch.fft.irfft(sums, n=2 * C)[..., :C]
+        dk = self.fft.irfft("dk", sums, 2 * C)[..., :C]
         return dk.flatten(-2)[..., : k.shape[-1]]

@@ -6,9 +6,13 @@ from functools import lru_cache
 from math import log2
 from typing import Literal, NamedTuple
 
-BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}
-"""Reals of one padded block: 4 MB in float32 on a CPU; on a GPU only a bound on memory."""
-IN_CACHE, LONGEST_TRANSFORM = 1 << 14, 1 << 16
+BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 28}
+"""Reals of one padded block: 1 MB in float32 on a CPU, for its second cache; on a GPU only a bound on memory."""
+SPARSE_BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}
+"""The same where torch makes a plan of the transform for each block, which larger ones share."""
+FEW_CHANNELS, LARGEST_BLOCK = 4, 1 << 21
+"""So many channels are worked on at once even if they are more than a block, up to so many reals: calls cost time too."""
+IN_CACHE, LONGEST_TRANSFORM = 1 << 14, 1 << 18
 """Points of one transform on a CPU. Up to the first a point costs log n; beyond the second, partitions are faster."""
 CACHE_COST = 0.5
 """What a point costs more with each doubling beyond IN_CACHE."""
@@ -104,10 +108,16 @@ class Block(NamedTuple):
     """False if an earlier block used the same filter."""
 
 
+def channels_at_once(batch: int, points: int, device_type: str) -> int:
+    """Whose padded values, `points` for each sample, are a block."""
+    own = max(1, batch * points)
+    return max(1, BLOCK_ELEMENTS.get(device_type, 1 << 24) // own, min(FEW_CHANNELS, LARGEST_BLOCK // own))
+
+
 def blocks(batch: int, channels: int, filters: int, how: Plan, device_type: str) -> Iterator[Block]:
     """Whole groups of channels that share a filter, or parts of one group."""
     per_filter = channels // filters
-    width = max(1, BLOCK_ELEMENTS.get(device_type, 1 << 24) // max(1, batch * how.points))
+    width = channels_at_once(batch, how.points, device_type)
     if width >= per_filter:
         step = width // per_filter
         for first in range(0, filters, step):

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from seqengine.kernels.checks import check, check_floats, check_shape
-from seqengine.kernels.conv.plan import BLOCK_ELEMENTS, fft_size
+from seqengine.kernels.conv.plan import SPARSE_BLOCK_ELEMENTS as BLOCK_ELEMENTS
+from seqengine.kernels.conv.plan import fft_size
 from seqengine.kernels.conv.sparse_ops import sparse_conv as sparse_conv_op
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqengine.kernels.conv.plan import BLOCK_ELEMENTS
+from seqengine.kernels.conv.plan import SPARSE_BLOCK_ELEMENTS as BLOCK_ELEMENTS
 
 
 @dataclass(frozen=True)

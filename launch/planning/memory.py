@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from seqengine.blocks import Block, make_norm
 from seqengine.config.run import RunConfig
 from seqengine.kernels import api as kernels
-from seqengine.kernels.conv.plan import BLOCK_ELEMENTS, plan
+from seqengine.kernels.conv.plan import channels_at_once, plan
 from seqengine.launch.planning.flops import transformed_channels
 from seqengine.launch.planning.trace import Trace, trace, trace_block
 from seqengine.launch.planning.traffic import Layout, Weights
@@ -191,7 +191,7 @@ class Activations:
         if not channels or tokens <= self._looked_into(rows):
             return 0
         points = plan(tokens, tokens, self.device).points
-        values = min(max(points * rows, BLOCK_ELEMENTS[self.device]), rows * channels * points)
+        values = min(channels_at_once(rows, points, self.device), channels) * rows * points
         return WORKSPACE * values * arithmetic_dtype(self.config).itemsize
 
     def _transformed(self, layer: int) -> int:

@@ -5,7 +5,7 @@ import torch
 
 from seqengine.kernels.api import long_conv, long_conv_bidirectional
 from seqengine.kernels.conv import ops, reference
-from seqengine.kernels.conv.plan import BLOCK_ELEMENTS, plan
+from seqengine.kernels.conv.plan import BLOCK_ELEMENTS, Plan, plan
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -58,8 +58,8 @@ def test_plan_follows_the_documented_table():
     assert plan(1 << 16, 1 << 13, "cpu").method == "frames"
     assert plan(1 << 17, 1 << 14, "cpu").count == 4
     assert plan(100, 3, "cpu").count == 1
-    assert plan(1 << 16, 1 << 16, "cpu").method == "partitions"
-    assert plan(1 << 17, 1 << 16, "cpu").method == "partitions"
+    assert plan(1 << 17, 1 << 17, "cpu") == Plan("frames", 1 << 18, 1 << 17, 1)
+    assert plan(1 << 18, 1 << 18, "cpu").method == plan(1 << 19, 1 << 18, "cpu").method == "partitions"
     assert plan(1 << 22, 1 << 22, "cpu").count == 8
     assert plan(1 << 16, 128, "cuda").count == 1
     for T, L, keep in [(5000, 3, 2), (5000, 250, 0), (100_003, 8191, 8190), (60_000, 8191, 0), (100_003, 100_003, 0)]:
@@ -172,6 +172,7 @@ def test_gated_in_bfloat16_saves_six_bytes_an_element():
     ("T", "L", "with_state"), [(3000, 40, True), (9000, 9000, False), (70_000, 9000, True)], ids=str
 )
 def test_a_grouped_filter_is_the_repeated_one_with_gradients(T, L, with_state, monkeypatch):
+    monkeypatch.setattr("seqengine.kernels.conv.plan.FEW_CHANNELS", 1)
     monkeypatch.setitem(BLOCK_ELEMENTS, "cpu", 3 * T)  # blocks of fewer channels than a group, and of several groups
     u, k, skip = randn(1, 12, T), randn(3, L, seed=1), randn(12, seed=2)
     state = randn(1, 12, L - 1, seed=3) if with_state else None
@@ -183,6 +184,24 @@ def test_a_grouped_filter_is_the_repeated_one_with_gradients(T, L, with_state, m
     (expected**2).sum().backward()
     for a, b, name in zip(grouped, repeated, ("du", "dk", "dskip"), strict=True):
         assert_close(a.grad, b.grad, name)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("T", "L"), [(20_001, 20_001), (30_000, 17_000), (17_000, 30_000)], ids=str)
+def test_partitions_are_one_transform_with_every_gradient(T, L, gated, monkeypatch):
+    u, k, skip, dy = randn(2, 3, T), randn(3, L, seed=1), randn(3, seed=2), randn(2, 3, T, seed=3)
+    gates = {"pre_gate": randn(2, 3, T, seed=4), "post_gate": randn(2, 3, T, seed=5)} if gated else {}
+    found = []
+    for longest in (1 << 18, 1 << 14):
+        monkeypatch.setattr("seqengine.kernels.conv.plan.LONGEST_TRANSFORM", longest)
+        plan.cache_clear()
+        assert plan(T, min(L, T), "cpu").method == ("frames" if longest > T else "partitions")
+        leaves = [x.clone().requires_grad_() for x in (u, k, skip, *gates.values())]
+        y, _ = long_conv(leaves[0], leaves[1], skip=leaves[2], **dict(zip(gates, leaves[3:], strict=True)))
+        found.append((y, *torch.autograd.grad(y, leaves, dy)))
+    plan.cache_clear()
+    for whole, pieces in zip(*found, strict=True):
+        assert_close(pieces, whole)
 
 
 @pytest.mark.parametrize(("T", "L"), [(3000, 40), (5000, 3000), (20_000, 30_000), (70_000, 9000)], ids=str)

@@ -19,7 +19,7 @@ _SINGLE, _DOUBLE = "DftiCreateDescriptor_s_1d", "DftiCreateDescriptor_d_1d"
 _BACKWARD_SCALE, _NUMBER, _CONJUGATE_EVEN, _PLACEMENT, _INPUT_DISTANCE, _OUTPUT_DISTANCE = 5, 7, 10, 11, 14, 15
 COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 REAL = {values: key for key, values in COMPLEX.items()}
-KEPT_PLANS = 64
+KEPT_PLANS = 32
 
 
 class Transforms:

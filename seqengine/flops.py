@@ -42,6 +42,7 @@ from seqengine.mixers.retention import Retention
 from seqengine.mixers.s4_layer import FilterLayer, S4Layer
 from seqengine.mixers.slstm import SLstm
 from seqengine.mixers.ssd import Ssd
+from seqengine.unfilled import Unfilling
 
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "H200": {"bf16": 989.4, "fp32": 66.9, "fp64": 66.9},
@@ -94,10 +95,10 @@ def flops_per_token(model: ModelConfig, tokens: int) -> float:
 
 @lru_cache(maxsize=64)
 def _layer(model: str, layer: int, tokens: int) -> tuple[Flops, Flops]:
-    """(weights, mixing) of a layer of the model with this JSON: mixers are built, on no device, but once."""
+    """(weights, mixing) of a layer of the model with this JSON: mixers are built, without data, but once."""
     config = ModelConfig.model_validate_json(model)
     kind, settings, place = config.mixer(layer)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with Unfilling():
         mixer = kind.make(settings, place)
         mlp = make_mlp(config, layer)
     matrices = _matrices(mixer) + (_matrices(mlp) if mlp is not None else 0)

@@ -13,7 +13,7 @@ SPARSE_BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}
 FEW_CHANNELS, LARGEST_BLOCK = 4, 1 << 21
 """So many channels are worked on at once even if they are more than a block, up to so many reals: calls cost time too."""
 IN_CACHE, LONGEST_TRANSFORM = 1 << 14, 1 << 18
-"""Points of one transform on a CPU. Up to the first a point costs log n; beyond the second, partitions are faster."""
+"""Points of one transform on a CPU. Up to the first a point costs log n; beyond the second, partitions are about as fast."""
 CACHE_COST = 0.5
 """What a point costs more with each doubling beyond IN_CACHE."""
 FEW_FRAMES = 8

@@ -32,8 +32,8 @@ class Transforms:
         self._kept: dict[str, Tensor] = {}
 
     def rfft(self, name: str, x: Tensor, n: int) -> Tensor:
-        """torch.fft.rfft(x, n): x [..., L], filled up with zeros to n, even -> [..., n / 2 + 1], contiguous."""
-        if not _is_plain(x) or x.dtype not in COMPLEX:
+        """torch.fft.rfft(x, n): x [..., L], cut or filled up with zeros to n, even -> [..., n / 2 + 1], contiguous."""
+        if not _is_plain(x) or x.dtype not in COMPLEX or x.shape[-1] > n:
             return torch.fft.rfft(x, n=n)  # type: ignore[no-any-return]
         if x.shape[-1] < n or not x.is_contiguous():
             padded = self._memory(f"{name}, padded", (*x.shape[:-1], n), x)

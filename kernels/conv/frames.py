@@ -10,37 +10,40 @@ one, straight from the inputs; many at once, as a strided view of a padded copy.
 from torch import Tensor
 
 from seqengine.kernels.conv.plan import Block, Plan
-from seqengine.kernels.conv.stream import Rows, Sink, Stream
-from seqengine.kernels.conv.transforms import Transforms
+from seqengine.kernels.conv.stream import Rows, Sink, Stream, Taps
+from seqengine.kernels.conv.transforms import irfft_, rfft_, row_length
 
 
 class Frames:
     """Few frames, one by one."""
 
     def __init__(self, how: Plan) -> None:
-        self.how, self.inputs, self.ahead, self.fft = how, Rows(), Rows(), Transforms()
+        self.how, self.taps, self.inputs, self.ahead = how, Rows(), Rows(), Rows()
+
+    def _taps(self, k: Taps, block: Block) -> Tensor:
+        return rfft_(self.taps.padded(k, block, 0, len(k), self.how.size), self.how.size)
 
     def _input(self, x: Stream, block: Block, start: int, lead: int) -> Tensor:
         """Spectrum of the frame's inputs with `lead` positions of history."""
         last = min(start + self.how.hop, len(x))
-        return self.fft.rfft("inputs", self.inputs.padded(x, block, start - lead, last, self.how.size), self.how.size)
+        return rfft_(self.inputs.padded(x, block, start - lead, last, self.how.size), self.how.size)
 
     def _inverse(self, spectrum: Tensor, first: int, count: int) -> Tensor:
-        return self.fft.irfft("outputs", spectrum, self.how.size)[..., first : first + count]
+        return irfft_(spectrum, self.how.size)[..., first : first + count]
 
-    def convolve(self, x: Stream, k: Tensor, block: Block, y: Sink) -> None:
-        taps = self.fft.rfft("taps", k, self.how.size)
+    def convolve(self, x: Stream, k: Taps, block: Block, y: Sink) -> None:
+        taps = self._taps(k, block)
         for start in range(0, len(x), self.how.hop):
-            lead = min(k.shape[-1] - 1, start)
+            lead = min(len(k) - 1, start)
             z = self._inverse(self._input(x, block, start, lead).mul_(taps), lead, self.how.hop)
             y.write(block, start, z)
 
     def gradients(
-        self, dy: Stream, x: Stream, k: Tensor, block: Block, dx: Sink | None, y: Sink | None, need_k: bool
+        self, dy: Stream, x: Stream, k: Taps, block: Block, dx: Sink | None, y: Sink | None, need_k: bool
     ) -> Tensor | None:
-        L, size, hop = k.shape[-1], self.how.size, self.how.hop
+        L, size, hop = len(k), self.how.size, self.how.hop
         total: Tensor | None = None
-        taps = self.fft.rfft("taps", k, size)
+        taps = self._taps(k, block)
         conjugate = taps.conj_physical() if y is not None else taps.conj_physical_()
         for start in range(0, len(x), hop):
             if y is not None:
@@ -51,7 +54,7 @@ class Frames:
                 inputs = self._input(x, block, start, 0)
             if need_k or dx is not None:
                 last = min(start + hop + L - 1, len(dy))
-                spectrum = self.fft.rfft("ahead", self.ahead.padded(dy, block, start, last, size), size)
+                spectrum = rfft_(self.ahead.padded(dy, block, start, last, size), size)
             if need_k:
                 inputs.conj_physical_()
                 if total is None:
@@ -62,44 +65,47 @@ class Frames:
                 dx.write(block, start, self._inverse(spectrum.mul_(conjugate), 0, hop))
         if total is None:
             return None
-        return self.fft.irfft("dk", total.sum_to_size(*k.shape[:-1], total.shape[-1]), size)[..., :L]
+        return irfft_(total.sum_to_size(*k.rows(block), total.shape[-1]), size)[..., :L]
 
 
 class ManyFrames:
-    """Frames by a view with overlapping rows."""
+    """Frames by a view with overlapping rows of a padded copy."""
 
     def __init__(self, how: Plan) -> None:
-        self.how, self.inputs, self.ahead, self.fft = how, Rows(), Rows(), Transforms()
+        self.how, self.taps, self.whole, self.inputs, self.ahead = how, Rows(), Rows(), Rows(), Rows()
 
-    def _spectra(self, name: str, rows: Rows, x: Stream, block: Block, before: int) -> Tensor:
-        """[B, g, p, count, F]: frame i begins `before` positions before i * hop."""
-        size = (self.how.count - 1) * self.how.hop + self.how.size
-        padded = rows.padded(x, block, 0, len(x), size, before)
-        return self.fft.rfft(name, padded.unfold(-1, self.how.size, self.how.hop), self.how.size)
+    def _taps(self, k: Taps, block: Block) -> Tensor:
+        """[b, g, q, 1, F]."""
+        return rfft_(self.taps.padded(k, block, 0, len(k), self.how.size), self.how.size)[..., None, :]
 
-    def convolve(self, x: Stream, k: Tensor, block: Block, y: Sink) -> None:
-        L, size = k.shape[-1], self.how.size
-        spectra = self._spectra("inputs", self.inputs, x, block, L - 1).mul_(
-            self.fft.rfft("taps", k, size)[..., None, :]
-        )
-        y.write(block, 0, self.fft.irfft("outputs", spectra, size)[..., L - 1 :].flatten(-2)[..., : len(x)])
+    def _spectra(self, rows: Rows, x: Stream, block: Block, before: int, filled: int) -> Tensor:
+        """[B, g, p, count, F]: frame i holds `filled` values from `before` positions before i * hop on, then zeros."""
+        count, hop, size = self.how.count, self.how.hop, self.how.size
+        whole = self.whole.padded(x, block, 0, len(x), (count - 1) * hop + filled, before)
+        frames = rows.empty(x, block, count, row_length(size, x.device.type))
+        frames[..., :filled] = whole[..., : (count - 1) * hop + filled].unfold(-1, filled, hop)
+        frames[..., filled:].zero_()
+        return rfft_(frames, size)
+
+    def convolve(self, x: Stream, k: Taps, block: Block, y: Sink) -> None:
+        L, size = len(k), self.how.size
+        spectra = self._spectra(self.inputs, x, block, L - 1, size).mul_(self._taps(k, block))
+        y.write(block, 0, irfft_(spectra, size)[..., L - 1 :].flatten(-2)[..., : len(x)])
 
     def gradients(
-        self, dy: Stream, x: Stream, k: Tensor, block: Block, dx: Sink | None, y: Sink | None, need_k: bool
+        self, dy: Stream, x: Stream, k: Taps, block: Block, dx: Sink | None, y: Sink | None, need_k: bool
     ) -> Tensor | None:
-        L, size, hop = k.shape[-1], self.how.size, self.how.hop
+        L, size, hop = len(k), self.how.size, self.how.hop
         if y is not None:
             self.convolve(x, k, block, y)
         if dx is None and not need_k:
             return None
-        spectra = self._spectra("ahead", self.ahead, dy, block, 0)
+        spectra = self._spectra(self.ahead, dy, block, 0, size)
         dk: Tensor | None = None
         if need_k:
-            alone = self.inputs.padded(x, block, 0, len(x), self.how.count * hop).unflatten(-1, (self.how.count, hop))
-            product = self.fft.rfft("alone", alone, size).conj_physical_().mul_(spectra).sum(dim=-2)
-            dk = self.fft.irfft("dk", product.sum_to_size(*k.shape[:-1], product.shape[-1]), size)[..., :L]
+            product = self._spectra(self.inputs, x, block, 0, hop).conj_physical_().mul_(spectra).sum(dim=-2)
+            dk = irfft_(product.sum_to_size(*k.rows(block), product.shape[-1]), size)[..., :L]
         if dx is not None:
-            taps = self.fft.rfft("taps", k, size).conj_physical_()
-            rows = self.fft.irfft("outputs", spectra.mul_(taps[..., None, :]), size)[..., :hop]
+            rows = irfft_(spectra.mul_(self._taps(k, block).conj_physical_()), size)[..., :hop]
             dx.write(block, 0, rows.flatten(-2)[..., : len(x)])
         return dk

@@ -13,67 +13,62 @@ References: Stockham 1966 (sectioned convolution); the uniform partition of the 
 """
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from seqengine.kernels.conv.plan import Block, Plan, pieces
-from seqengine.kernels.conv.stream import Rows, Sink, Stream
-from seqengine.kernels.conv.transforms import Transforms
+from seqengine.kernels.conv.stream import Rows, Sink, Stream, Taps
+from seqengine.kernels.conv.transforms import irfft_, rfft_, row_length
 
 
 class Partitions:
     """Pieces of how.hop = C values."""
 
     def __init__(self, how: Plan) -> None:
-        self.piece, self.inputs, self.ahead, self.fft = how.hop, Rows(), Rows(), Transforms()
+        self.piece, self.taps, self.inputs, self.ahead = how.hop, Rows(), Rows(), Rows()
 
-    def _spectra(self, name: str, rows: Rows, x: Stream, block: Block, reach: int) -> Tensor:
-        """[B, g, p, R, C + 1]: spectra of 2 C points, of which the first `reach` are x from each piece on."""
-        C, R = self.piece, pieces(len(x), self.piece)
-        buffer = rows.zeros(x, block, R, 2 * C)
+    def _spectra(self, rows: Rows, source: Stream | Taps, block: Block, reach: int) -> Tensor:
+        """[B, g, p, R, C + 1]: spectra of 2 C points, of which the first `reach` are the source from each piece on."""
+        C, R = self.piece, pieces(len(source), self.piece)
+        own = rows.empty(source, block, R, row_length(2 * C, source.device.type))
         for r in range(R):
-            last = min(r * C + reach, len(x))
-            x.write(buffer[..., r, : last - r * C], block, r * C, last)
-        return self.fft.rfft(name, buffer, 2 * C)
-
-    def _taps(self, k: Tensor) -> Tensor:
-        """[b, g, q, Q, C + 1]: spectra of the pieces of the filter, each padded to 2 C points."""
-        C, Q = self.piece, pieces(k.shape[-1], self.piece)
-        whole = F.pad(k, (0, Q * C - k.shape[-1]))
-        return self.fft.rfft("taps", whole.unflatten(-1, (Q, C)), 2 * C)
+            filled = min(r * C + reach, len(source)) - r * C
+            source.write(own[..., r, :filled], block, r * C, r * C + filled)
+            own[..., r, filled:].zero_()
+        return rfft_(own, 2 * C)
 
     def _output(self, inputs: Tensor, taps: Tensor, block: Block, y: Sink) -> None:
         C, R = self.piece, inputs.shape[-2]
         total = inputs * taps[..., :1, :]
         for m in range(1, taps.shape[-2]):
             total[..., m:, :].addcmul_(inputs[..., : R - m, :], taps[..., m : m + 1, :])
-        both = self.fft.irfft("outputs", total, 2 * C)
+        both = irfft_(total, 2 * C)
         z: Tensor = both[..., :C]
         z[..., 1:, :] += both[..., :-1, C:]
         for r in range(R):
             y.write(block, r * C, z[..., r, :])
 
-    def convolve(self, x: Stream, k: Tensor, block: Block, y: Sink) -> None:
-        self._output(self._spectra("inputs", self.inputs, x, block, self.piece), self._taps(k), block, y)
+    def convolve(self, x: Stream, k: Taps, block: Block, y: Sink) -> None:
+        inputs, taps = self._spectra(self.inputs, x, block, self.piece), self._spectra(self.taps, k, block, self.piece)
+        self._output(inputs, taps, block, y)
 
     def gradients(
-        self, dy: Stream, x: Stream, k: Tensor, block: Block, dx: Sink | None, y: Sink | None, need_k: bool
+        self, dy: Stream, x: Stream, k: Taps, block: Block, dx: Sink | None, y: Sink | None, need_k: bool
     ) -> Tensor | None:
-        C, R, Q = self.piece, pieces(len(x), self.piece), pieces(k.shape[-1], self.piece)
+        C, R, Q = self.piece, pieces(len(x), self.piece), pieces(len(k), self.piece)
         if y is not None or need_k:
-            inputs = self._spectra("inputs", self.inputs, x, block, C)
+            inputs = self._spectra(self.inputs, x, block, C)
         if y is not None or dx is not None:
-            taps = self._taps(k)
+            taps = self._spectra(self.taps, k, block, C)
         if y is not None:
             self._output(inputs, taps, block, y)
         if dx is None and not need_k:
             return None
-        spectra = self._spectra("ahead", self.ahead, dy, block, 2 * C)
+        spectra = self._spectra(self.ahead, dy, block, 2 * C)
         if dx is not None:
             taps.conj_physical_()
             total = spectra * taps[..., :1, :]
             for m in range(1, Q):
                 total[..., : R - m, :].addcmul_(spectra[..., m:, :], taps[..., m : m + 1, :])
-            found = self.fft.irfft("outputs", total, 2 * C)
+            found = irfft_(total, 2 * C)
             for r in range(R):
                 dx.write(block, r * C, found[..., r, :C])
         if not need_k:
@@ -83,6 +78,5 @@ class Partitions:
         for r in range(1, R):
             reached = min(Q, R - r)
             sums[..., :reached, :].addcmul_(spectra[..., r : r + reached, :], inputs[..., r : r + 1, :])
-        sums = sums.sum_to_size(*k.shape[:-1], Q, C + 1)
-        dk = self.fft.irfft("dk", sums, 2 * C)[..., :C]
-        return dk.flatten(-2)[..., : k.shape[-1]]
+        dk = irfft_(sums.sum_to_size(*k.rows(block), Q, C + 1), 2 * C)[..., :C]
+        return dk.flatten(-2)[..., : len(k)]

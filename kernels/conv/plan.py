@@ -9,15 +9,19 @@ from typing import Literal, NamedTuple
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 28}
 """Reals of one padded block: 1 MB in float32 on a CPU, for its second cache; on a GPU only a bound on memory."""
 SPARSE_BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}
-"""The same where torch makes a plan of the transform for each block, which larger ones share."""
+"""The same where a block's spectra go through a matrix product, which is faster for more of them."""
 FEW_CHANNELS, LARGEST_BLOCK = 4, 1 << 21
 """So many channels are worked on at once even if they are more than a block, up to so many reals: calls cost time too."""
-IN_CACHE, LONGEST_TRANSFORM = 1 << 14, 1 << 18
-"""Points of one transform on a CPU. Up to the first a point costs log n; beyond the second, partitions are about as fast."""
-CACHE_COST = 0.5
+IN_CACHE, LONGEST_TRANSFORM = 1 << 14, 1 << 20
+"""Points of one transform on a CPU. Up to the first a point costs log n; beyond the second, partitions are faster."""
+CACHE_COST = 0.15
 """What a point costs more with each doubling beyond IN_CACHE."""
+MIXED_RADIX, MIXED_RADIX_COST = 1 << 16, 1.25
+"""What a point costs more where there are so many and their number is no power of two."""
+FILTER_SHARE = 0.25
+"""Transforms of filters for each frame of inputs: between a batch of one and of many."""
 FEW_FRAMES = 8
-"""So many frames are gone through one by one; more at once."""
+"""So many frames of any size are gone through one by one."""
 FRAME_RATIO = 4
 """Points of an overlap-save frame for each tap, at least."""
 SMALLEST_FRAME, LONGEST_FRAME = 1 << 10, 1 << 15
@@ -29,7 +33,11 @@ SMALLEST_PIECE, MOST_PIECES = 1 << 13, 8
 
 @lru_cache(maxsize=256)
 def fft_size(length: int) -> int:
-    """The smallest even 2^a 3^b 5^c that is >= length: sizes with large prime factors cost several times more."""
+    """The smallest 2^a 3^b 5^c that is >= length, a multiple of 16, or small and even.
+
+    Large prime factors cost several times more, and so does a size with one or two twos: 1.7 times a point of the next one.
+    """
+    twos = 2 if length <= 16 else 16
     best = 2
     while best < length:
         best *= 2
@@ -37,7 +45,7 @@ def fft_size(length: int) -> int:
     while five < best:
         three = five
         while three < best:
-            two = max(2, 1 << max(1, (-(-length // three) - 1).bit_length()))
+            two = max(twos, 1 << (-(-length // three) - 1).bit_length())
             if three * two >= length:
                 best = min(best, three * two)
             three *= 3
@@ -67,36 +75,48 @@ class Plan:
 
 @lru_cache(maxsize=1024)
 def plan(T: int, L: int, device_type: str, keep: int = 0) -> Plan:
-    """Many frames where the sequence holds more than a few; else few frames, the cheapest; else partitions.
+    """Many small frames at once where the sequence holds more than a few; else the cheapest frames; else partitions.
 
-    `keep` inputs stand before the T: their outputs are not wanted, so that they make no transform longer. The cost of a
-    transform of n points is n log n, and more where it leaves the cache. On a GPU always one frame: launches cost more than
-    points there. Measured on two cores, D = 256, T = 2^14 .. 2^17 (benchmarks/conv.py).
+    `keep` inputs stand before the T: their outputs are not wanted, so that they make no transform longer. On a GPU always one
+    frame: launches cost more than points there. Measured on two cores, D = 256, T = 2^14 .. 2^22 (benchmarks/conv.py).
     """
     n = T + keep
-    whole = fft_size(T + L - 1)
     if device_type != "cpu":
-        return Plan("frames", whole, n, 1)
+        return Plan("frames", fft_size(T + L - 1), n, 1)
     frame = max(SMALLEST_FRAME, 1 << (FRAME_RATIO * L - 1).bit_length())
     if frame <= LONGEST_FRAME and pieces(n, frame - L + 1) > FEW_FRAMES:
         hop = frame - L + 1
         return Plan("many frames", frame, hop, pieces(n, hop))
-    candidates = [Plan("frames", whole, n, 1)] if whole <= LONGEST_TRANSFORM else []
-    for count in range(2, FEW_FRAMES + 1):
-        hop = pieces(n, count)
-        size = fft_size(hop + L - 1)
-        if SMALLEST_FRAME <= size <= LONGEST_TRANSFORM:
-            candidates.append(Plan("frames", size, hop, pieces(n, hop)))
+    candidates = list(_frames(T, L, keep))
     if candidates:
         return min(candidates, key=_cost)
     piece = max(SMALLEST_PIECE, 1 << (pieces(L, MOST_PIECES) - 1).bit_length())
     return Plan("partitions", 2 * piece, piece, pieces(n, piece))
 
 
+def _frames(T: int, L: int, keep: int) -> Iterator[Plan]:
+    """The whole at once, a few frames of any size, and more of a power of two that is at least twice the taps."""
+    n = T + keep
+    whole = fft_size(T + L - 1)
+    if whole <= LONGEST_TRANSFORM:
+        yield Plan("frames", whole, n, 1)
+    for count in range(2, FEW_FRAMES + 1):
+        hop = pieces(n, count)
+        size = fft_size(hop + L - 1)
+        if SMALLEST_FRAME <= size <= LONGEST_TRANSFORM:
+            yield Plan("frames", size, hop, pieces(n, hop))
+    size = max(2 * LONGEST_FRAME, 1 << (2 * L - 1).bit_length())
+    while size <= LONGEST_TRANSFORM and pieces(n, size - L + 1) > FEW_FRAMES:
+        yield Plan("frames", size, size - L + 1, pieces(n, size - L + 1))
+        size *= 2
+
+
 def _cost(how: Plan) -> float:
     """Of the transforms of a plan, in arbitrary units."""
-    leaves_cache = 1.0 + CACHE_COST * max(0.0, log2(how.size / IN_CACHE))
-    return how.count * how.size * log2(how.size) * leaves_cache
+    a_point = log2(how.size) * (1.0 + CACHE_COST * max(0.0, log2(how.size / IN_CACHE)))
+    if how.size > MIXED_RADIX and how.size & (how.size - 1):
+        a_point *= MIXED_RADIX_COST
+    return (how.count + FILTER_SHARE) * how.size * a_point
 
 
 class Block(NamedTuple):

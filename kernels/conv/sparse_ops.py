@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from seqengine.kernels.conv.plan import SPARSE_BLOCK_ELEMENTS as BLOCK_ELEMENTS
+from seqengine.kernels.conv.transforms import irfft_, rfft_, row_length
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,12 @@ class _Bands:
     def spectrum(self, x: Tensor) -> Tensor:
         """[..., T] of any real dtype -> [..., R, K2]."""
         dtype, (full, rest) = self.edges.dtype, divmod(x.shape[-1], self.num_blocks)
-        columns = torch.zeros(*x.shape[:-1], self.num_blocks, self.points, dtype=dtype, device=x.device)
+        length = row_length(self.points, x.device.type)
+        columns = torch.zeros(*x.shape[:-1], self.num_blocks, length, dtype=dtype, device=x.device)
         columns[..., :full] = x[..., : full * self.num_blocks].unflatten(-1, (full, self.num_blocks)).mT
         if rest:
             columns[..., :rest, full] = x[..., full * self.num_blocks :]
-        return torch.matmul(self.outer, torch.fft.rfft(columns).mul_(self.twiddle))
+        return torch.matmul(self.outer, rfft_(columns, self.points).mul_(self.twiddle))
 
     def weigh_(self, spectrum: Tensor) -> Tensor:
         """Each frequency once: the edge columns times their weights, in place."""
@@ -67,7 +69,7 @@ class _Bands:
         """The real sequence of a weighed spectrum [..., R, K2]: its first out.shape[-1] values, into out."""
         columns = torch.matmul(self.inner, weighed).mul_(self.untwiddle)
         torch.view_as_real(columns)[..., [0, -1], 1] = 0
-        values = torch.fft.irfft(columns, n=self.points)
+        values = irfft_(columns, self.points)
         full, rest = divmod(out.shape[-1], self.num_blocks)
         out[..., : full * self.num_blocks].unflatten(-1, (full, self.num_blocks)).copy_(values[..., :full].mT)
         if rest:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from seqengine.kernels.conv.frames import Frames, ManyFrames
 from seqengine.kernels.conv.partitioned import Partitions
-from seqengine.kernels.conv.plan import Block, Plan, blocks, plan
-from seqengine.kernels.conv.stream import Sink, Stream, grouped
+from seqengine.kernels.conv.plan import Plan, blocks, plan
+from seqengine.kernels.conv.stream import Sink, Stream, Taps
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -40,8 +40,9 @@ def convolve(
     how, filters = plan(T, L, u.device.type, keep), _by_group(k, D)
     dtype = accumulation_dtype(u, k, skip, pre_gate, post_gate, past)
     method, x, out = _method(how), Stream(u, pre_gate, past, keep, dtype), Sink(keep, [(y, post_gate)])
+    taps = Taps(filters, skip, L, dtype)
     for block in blocks(B, D, filters.shape[1], how, u.device.type):
-        method.convolve(x, _taps(filters, skip, block, L, dtype), block, out)
+        method.convolve(x, taps, block, out)
     return y
 
 
@@ -75,8 +76,8 @@ def gradients(
     sums = torch.empty(filters.shape if need_k else (0,), dtype=dtype, device=k.device)
     if need_k:
         sums[..., L:].zero_()
+    taps = Taps(filters, skip, L, dtype)
     for block in blocks(B, D, filters.shape[1], how, u.device.type):
-        taps = _taps(filters, skip, block, L, dtype)
         found = method.gradients(ahead, x, taps, block, to_x, to_y, need_k or need_skip)
         if found is not None and need_skip:
             dskip[block.channels] = found[..., 0].sum(dim=0).flatten()
@@ -119,17 +120,3 @@ def _reach(k: Tensor, T: int, past: Tensor | None) -> tuple[int, int]:
 def _by_group(k: Tensor, channels: int) -> Tensor:
     """[G, L] -> [1, G, 1, L]; [B, D, L] -> [B, D, 1, L]: a filter for each group of channels."""
     return k[:, :, None] if k.ndim == 3 else k[None, :, None]
-
-
-def _taps(filters: Tensor, skip: Tensor | None, block: Block, L: int, dtype: torch.dtype) -> Tensor:
-    """[b, g, q, L]: the first L taps of some filters, skip added to lag 0, for which a group's channels part (q > 1)."""
-    taps = filters[:, block.filters, :, :L].to(dtype)
-    if skip is None:
-        return taps
-    own = grouped(skip[None, :, None], block).to(dtype)
-    if own.shape[2] == 1:
-        taps = taps.clone() if filters.dtype == dtype else taps
-    else:
-        taps = taps.repeat(1, 1, own.shape[2], 1)
-    taps[..., :1] += own
-    return taps

@@ -1,16 +1,18 @@
-"""What a transform reads: some channels of gate * x behind the inputs that came before, written into zeroed rows.
+"""What a transform reads: taps of some filters, or some channels of gate * x behind the inputs that came before, in rows.
 
-Rows are written once: the cast, the gate and the padding are one pass over the block, and the zeros behind stay from block to
-block. On a GPU a Triton kernel does the same for all channels at once.
+Rows are written once: the cast, the gate and the padding are one pass over the block, in memory that serves all blocks. On a
+GPU a Triton kernel does the same for all channels at once.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
 from seqengine.kernels.conv.plan import Block
+from seqengine.kernels.conv.transforms import row_length
 from seqengine.kernels.environment import HAS_TRITON
 
 
@@ -40,6 +42,15 @@ class Stream:
     def __len__(self) -> int:
         return self.keep + self.x.shape[-1]
 
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    def rows(self, block: Block) -> tuple[int, int, int]:
+        """B, g, p."""
+        groups = block.filters.stop - block.filters.start
+        return self.x.shape[0], groups, (block.channels.stop - block.channels.start) // groups
+
     def write(self, out: Tensor, block: Block, first: int, last: int) -> None:
         """Positions first .. last - 1 of some channels into out [B, g, p, last - first]."""
         middle = min(max(self.keep, first), last)
@@ -57,33 +68,63 @@ class Stream:
                 target.copy_(own).mul_(grouped(self.gate, block)[..., inputs])
 
 
+@dataclass(frozen=True)
+class Taps:
+    """The first L taps of filters [b, G, 1, >= L], skip [D] added to lag 0, for which a group's channels part (q > 1)."""
+
+    filters: Tensor
+    skip: Tensor | None
+    length: int
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return self.length
+
+    @property
+    def device(self) -> torch.device:
+        return self.filters.device
+
+    def rows(self, block: Block) -> tuple[int, int, int]:
+        """b, g, q."""
+        groups = block.filters.stop - block.filters.start
+        each = 1 if self.skip is None else (block.channels.stop - block.channels.start) // groups
+        return self.filters.shape[0], groups, each
+
+    def write(self, out: Tensor, block: Block, first: int, last: int) -> None:
+        """Lags first .. last - 1 of some filters into out [b, g, q, last - first]."""
+        out.copy_(self.filters[:, block.filters, :, first:last])
+        if self.skip is not None and first == 0 < last:
+            out[..., :1] += grouped(self.skip[None, :, None], block)
+
+
 class Rows:
-    """A buffer [B, g, p, ...] that is used again for every block of one shape, with zeros where nobody writes."""
+    """Memory for rows [B, g, p, ...] that serves every block, and begins with what the last one left.
+
+    On a CPU: memory that went back to the system is paid for page by page when it comes again. A GPU's allocator keeps its own.
+    """
 
     def __init__(self) -> None:
-        self.buffer: Tensor | None = None
-        self.filled = 0
+        self.kept: Tensor | None = None
 
-    def zeros(self, stream: Stream, block: Block, *sizes: int) -> Tensor:
-        """[B, g, p, *sizes]: zeros at first, afterwards what the last block left."""
-        count = block.filters.stop - block.filters.start
-        channels = block.channels.stop - block.channels.start
-        shape = (stream.x.shape[0], count, channels // count, *sizes)
-        if self.buffer is None or self.buffer.shape != shape:
-            self.buffer = torch.zeros(shape, dtype=stream.dtype, device=stream.x.device)
-            self.filled = 0
-        return self.buffer
+    def empty(self, source: Stream | Taps, block: Block, *sizes: int) -> Tensor:
+        """[B, g, p, *sizes], contiguous, of the source's dtype: unwritten."""
+        shape = (*source.rows(block), *sizes)
+        if source.device.type != "cpu":
+            return torch.empty(shape, dtype=source.dtype, device=source.device)
+        if self.kept is None or self.kept.numel() < prod(shape):
+            self.kept = torch.empty(prod(shape), dtype=source.dtype, device=source.device)
+        return self.kept[: prod(shape)].view(shape)
 
-    def padded(self, stream: Stream, block: Block, first: int, last: int, size: int, before: int = 0) -> Tensor:
-        """[B, g, p, size]: `before` zeros, positions first .. last - 1, zeros."""
-        if is_fused(stream.x.device.type) and last - first == len(stream):
-            return self._fused(stream, block, size)
-        rows = self.zeros(stream, block, size)
+    def padded(self, source: Stream | Taps, block: Block, first: int, last: int, size: int, before: int = 0) -> Tensor:
+        """For `size` points: `before` zeros, positions first .. last - 1, zeros. [B, g, p, row_length(size)]"""
+        device_type = source.device.type
+        if isinstance(source, Stream) and is_fused(device_type) and last - first == len(source):
+            return self._fused(source, block, size)
+        rows = self.empty(source, block, row_length(size, device_type))
         end = before + last - first
-        if self.filled > end:
-            rows[..., end : self.filled].zero_()
-        self.filled = end
-        stream.write(rows[..., before:end], block, first, last)
+        rows[..., :before].zero_()
+        source.write(rows[..., before:end], block, first, last)
+        rows[..., end:].zero_()
         return rows
 
     def _fused(self, stream: Stream, block: Block, size: int) -> Tensor:

@@ -34,6 +34,7 @@ def through_one_transform(x, k):
         (40000, 40000),
         (40001, 5000),
         (70003, 9000),
+        (500_001, 9000),
     ],
     ids=str,
 )
@@ -54,12 +55,15 @@ def test_plan_follows_the_documented_table():
     assert plan(1 << 16, 128, "cpu").method == "many frames"
     assert plan(1 << 14, 1 << 14, "cpu").count == plan(1 << 15, 1 << 15, "cpu").count == 1
     assert plan(1 << 14, 1 << 11, "cpu").count == 2
-    assert plan(1 << 15, 1 << 12, "cpu").count == 3
-    assert plan(1 << 16, 1 << 13, "cpu").method == "frames"
+    assert plan(1 << 15, 1 << 12, "cpu").count == 2
+    assert plan(1 << 16, 1 << 13, "cpu") == Plan("frames", 3 << 13, 1 << 14, 4)
     assert plan(1 << 17, 1 << 14, "cpu").count == 4
+    assert plan(1 << 18, 1 << 16, "cpu").size == 1 << 17, "a power of two, though there are more points in all"
+    assert plan(1 << 20, 1 << 14, "cpu") == Plan("frames", 1 << 16, 49153, 22)
     assert plan(100, 3, "cpu").count == 1
     assert plan(1 << 17, 1 << 17, "cpu") == Plan("frames", 1 << 18, 1 << 17, 1)
-    assert plan(1 << 18, 1 << 18, "cpu").method == plan(1 << 19, 1 << 18, "cpu").method == "partitions"
+    assert plan(1 << 19, 1 << 19, "cpu") == Plan("frames", 1 << 20, 1 << 19, 1)
+    assert plan(1 << 20, 1 << 20, "cpu").method == plan(1 << 22, 1 << 21, "cpu").method == "partitions"
     assert plan(1 << 22, 1 << 22, "cpu").count == 8
     assert plan(1 << 16, 128, "cuda").count == 1
     for T, L, keep in [(5000, 3, 2), (5000, 250, 0), (100_003, 8191, 8190), (60_000, 8191, 0), (100_003, 100_003, 0)]:

@@ -1,10 +1,10 @@
-"""Transforms by kept plans are those of torch.fft, whatever lay in their memory before."""
+"""Transforms in place by kept plans are those of torch.fft, whatever lay behind the values."""
 
 import pytest
 import torch
 
 from seqengine.kernels.conv import transforms
-from seqengine.kernels.conv.transforms import Transforms
+from seqengine.kernels.conv.transforms import irfft_, rfft_, row_length
 from seqengine.unfilled import Unfilled, Unfilling
 from tests.tolerances import assert_close
 
@@ -20,45 +20,49 @@ def randn(*shape, dtype=torch.float64):
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+def rows_of(x):
+    """With room behind each row, where anything may lie."""
+    rows = torch.full((*x.shape[:-1], row_length(x.shape[-1], "cpu")), float("nan"), dtype=x.dtype)
+    rows[..., : x.shape[-1]] = x
+    return rows
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [2, 30, 64, 1000, 4096])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_are_torchs(shape, n, dtype):
-    x, fft = randn(*shape, n, dtype=dtype), Transforms()
-    spectrum = fft.rfft("a", x, n)
-    assert spectrum.is_contiguous()
+def test_are_torchs_and_lie_where_the_rows_lay(shape, n, dtype):
+    x = randn(*shape, n, dtype=dtype)
+    rows = rows_of(x)
+    spectrum = rfft_(rows, n)
     assert_same(spectrum, torch.fft.rfft(x))
-    assert_same(fft.irfft("b", spectrum, n), x)
-    assert_same(spectrum, torch.fft.rfft(x), "the inverse leaves its input as it was")
+    again = irfft_(spectrum, n)
+    assert_same(again, x)
+    if torch.backends.mkl.is_available():
+        assert spectrum.is_contiguous()
+        assert spectrum.data_ptr() == rows.data_ptr() == again.data_ptr()
 
 
-@pytest.mark.parametrize("length", [0, 1, 17, 32, 40])
-def test_rows_are_filled_up_with_zeros_each_time_or_cut(length):
-    fft = Transforms()
-    for seed in range(3):
-        fft.rfft("a", randn(4, 32) + seed, 32)
-        fft.rfft("b", randn(4, 32 - seed) + seed, 32)
-        assert_same(fft.rfft("b", randn(4, length), 32), torch.fft.rfft(randn(4, length), n=32))
+@pytest.mark.parametrize("length", [32, 33, 40])
+def test_rows_with_less_or_more_behind_them(length):
+    x = randn(4, length)
+    assert_same(rfft_(x.clone(), 32), torch.fft.rfft(x, n=32))
 
 
-def test_rows_with_gaps_rows_that_overlap_and_smaller_blocks():
-    fft, x = Transforms(), randn(6, 100)
-    for rows in (x[:, ::2], x[:, 10:60], x[0].unfold(-1, 50, 5), x[:2, :50], x.T[:50].T):
-        assert_same(fft.rfft("a", rows, 50), torch.fft.rfft(rows, n=50))
+def test_rows_with_gaps_rows_that_overlap_and_spectra_that_do_not_lie_one_after_another():
+    x = randn(6, 104)
+    for rows in (x[:, ::2], x[:, 10:62], x[0].unfold(-1, 52, 5), x[:2, :52], x.T[:52].T):
+        assert_same(rfft_(rows, 50), torch.fft.rfft(rows[..., :50]))
+    assert_same(x, randn(6, 104), "what is not plain rows is left as it was")
     spectra = torch.fft.rfft(x)
-    for some in (spectra.conj(), spectra[::2], spectra[:1], spectra[:, :26]):
-        n = 2 * (some.shape[-1] - 1)
-        assert_same(fft.irfft("b", some, n), torch.fft.irfft(some, n=n))
+    for some in (spectra.conj(), spectra[::2], spectra[:1].clone(), spectra[:, :26]):
+        n, expected = 2 * (some.shape[-1] - 1), torch.fft.irfft(some)
+        assert_same(irfft_(some, n), expected)
 
 
-def test_names_have_memory_of_their_own():
-    fft = Transforms()
-    a = fft.rfft("a", randn(3, 64), 64)
-    expected = a.clone()
-    b = fft.rfft("b", randn(3, 64) + 1, 64)
-    assert torch.equal(a, expected)
-    assert a.data_ptr() != b.data_ptr()
-    assert fft.rfft("a", randn(2, 64), 64).data_ptr() == a.data_ptr()
+def test_a_spectrum_of_another_length_is_cut_or_filled_up():
+    spectrum = torch.fft.rfft(randn(3, 64))
+    for n in (32, 64, 100):
+        assert_same(irfft_(spectrum.clone(), n), torch.fft.irfft(spectrum, n=n))
 
 
 def test_more_plans_than_are_kept_and_another_number_of_threads():
@@ -67,7 +71,7 @@ def test_more_plans_than_are_kept_and_another_number_of_threads():
         for threads in (1, 2, 1):
             torch.set_num_threads(threads)
             for n in range(2, 2 * transforms.KEPT_PLANS + 12, 2):
-                assert_same(Transforms().rfft("a", randn(3, n), n), torch.fft.rfft(randn(3, n)))
+                assert_same(rfft_(rows_of(randn(3, n)), n), torch.fft.rfft(randn(3, n)))
     finally:
         torch.set_num_threads(before)
 
@@ -76,16 +80,20 @@ def test_more_plans_than_are_kept_and_another_number_of_threads():
 def test_torch_does_it_where_plans_cannot(where, monkeypatch):
     if where == "no library":
         monkeypatch.setattr(transforms, "_library", lambda: None)
-        assert_same(Transforms().rfft("a", randn(3, 10), 16), torch.fft.rfft(randn(3, 10), n=16))
-        assert_same(Transforms().irfft("a", torch.fft.rfft(randn(3, 16)), 16), randn(3, 16))
+        x = randn(3, 16)
+        rows = rows_of(x)
+        spectrum = rfft_(rows, 16)
+        assert spectrum.data_ptr() != rows.data_ptr()
+        assert_same(spectrum, torch.fft.rfft(x))
+        assert_same(irfft_(spectrum, 16), x)
     elif where == "no data":
         with Unfilling():
-            spectrum = Transforms().rfft("a", torch.ones(3, 10), 16)
-            assert isinstance(Transforms().irfft("b", spectrum, 16), Unfilled)
+            spectrum = rfft_(torch.ones(3, 18), 16)
+            assert isinstance(irfft_(spectrum, 16), Unfilled)
         assert spectrum.shape == (3, 9)
     else:
         with pytest.raises(RuntimeError, match="Half"):
-            Transforms().rfft("a", torch.ones(3, 10, dtype=torch.half), 16)
+            rfft_(torch.ones(3, 18, dtype=torch.half), 16)
 
 
 def test_a_transform_that_failed_is_told():

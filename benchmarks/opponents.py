@@ -1,6 +1,8 @@
 """What the convolutions are measured against, each as its users call it, and our own calls.
 
     fft             rfft of size 2 T of input and filter, product, irfft, skip and gates by torch: the field's models
+    fft-blocked     on a CPU, the same eight channels at a time with a backward by hand that saves the inputs only: its page
+                    faults and its memory are what costs most in the first, and an hour's work does away with them
     conv1d          torch's Conv1d, depthwise, of which the first T outputs are kept; the skip stands in the tap at lag 0
     flash-fft-conv  FlashFFTConv of Fu et al. 2023, arXiv:2311.05908: transforms of 2 T points, gates inside
     causal-conv1d   the CUDA kernel of the Mamba models, 2 to 4 taps
@@ -19,13 +21,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seqengine.kernels.api import long_conv, long_conv_bidirectional
+from seqengine.kernels.conv.plan import fft_size
 
 LONGEST_CONV1D = 512
 """Taps beyond which a direct convolution is not worth the wait."""
 FLASH_SIZES = (256, 1024, *(2**i for i in range(12, 23)))
 """Transforms that FlashFFTConv has."""
+BLOCK_OF_CHANNELS = 8
 MODULES = {"flash-fft-conv": "flashfftconv", "causal-conv1d": "causal_conv1d"}
-NAMES = ("fft", "conv1d", "flash-fft-conv", "causal-conv1d")
+NAMES = ("fft", "fft-blocked", "conv1d", "flash-fft-conv", "causal-conv1d")
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,43 @@ def fft(x: Inputs) -> Tensor:
         spectrum = spectrum + torch.fft.rfft(x["k_backward"], n=n).conj()
     y = torch.fft.irfft(torch.fft.rfft(u.to(k.dtype), n=n) * spectrum, n=n)[..., :T]
     return _gated((y + u * x["skip"][:, None]).to(u.dtype), x.get("post_gate"))
+
+
+class _Blocked(torch.autograd.Function):
+    """y = k (*) u + skip u by transforms of a smooth size >= T + L - 1, block of channels by block."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, k: Tensor, skip: Tensor) -> Tensor:
+        ctx.save_for_backward(u, k, skip)
+        T, n, y = u.shape[-1], fft_size(u.shape[-1] + k.shape[-1] - 1), torch.empty_like(u)
+        for own in _blocks_of_channels(u):
+            product = torch.fft.rfft(u[:, own], n=n).mul_(torch.fft.rfft(k[own], n=n))
+            torch.addcmul(torch.fft.irfft(product, n=n)[..., :T], u[:, own], skip[own, None], out=y[:, own])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (dy,), (u, k, skip) = cotangents, ctx.saved_tensors
+        T, L, n = u.shape[-1], k.shape[-1], fft_size(u.shape[-1] + k.shape[-1] - 1)
+        du, dk, dskip = torch.empty_like(u), torch.empty_like(k), torch.empty_like(skip)
+        for own in _blocks_of_channels(u):
+            spectrum = torch.fft.rfft(dy[:, own], n=n)
+            product = torch.fft.rfft(u[:, own], n=n).conj_physical_().mul_(spectrum).sum(dim=0)
+            dk[own] = torch.fft.irfft(product, n=n)[..., :L]
+            dskip[own] = (dy[:, own] * u[:, own]).sum(dim=(0, 2))
+            product = spectrum.mul_(torch.fft.rfft(k[own], n=n).conj_physical_())
+            torch.addcmul(torch.fft.irfft(product, n=n)[..., :T], dy[:, own], skip[own, None], out=du[:, own])
+        return du, dk, dskip
+
+
+def _blocks_of_channels(u: Tensor) -> list[slice]:
+    return [slice(first, first + BLOCK_OF_CHANNELS) for first in range(0, u.shape[1], BLOCK_OF_CHANNELS)]
+
+
+def fft_blocked(x: Inputs) -> Tensor:
+    u = _gated(x["u"], x.get("pre_gate")).to(x["k"].dtype)
+    y: Tensor = _Blocked.apply(u, x["k"], x["skip"])  # type: ignore[no-untyped-call]
+    return _gated(y.to(x["u"].dtype), x.get("post_gate"))
 
 
 def conv1d(x: Inputs) -> Tensor:
@@ -163,6 +204,8 @@ def unfit(name: str, case: Case, device: torch.device) -> str | None:
     """Why an opponent does not take part; None if it does."""
     if name == "fft":
         return None
+    if name == "fft-blocked":
+        return "causal only" if case.bidirectional else "CPU only" if device.type != "cpu" else None
     if name == "conv1d":
         if case.bidirectional:
             return "causal only"
@@ -185,6 +228,7 @@ def missing(names: list[str]) -> list[str]:
 
 FUNCTIONS: dict[str, Callable[[Inputs], Tensor]] = {
     "fft": fft,
+    "fft-blocked": fft_blocked,
     "conv1d": conv1d,
     "flash-fft-conv": flash_fft_conv,
     "causal-conv1d": causal_conv1d,

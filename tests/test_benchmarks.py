@@ -93,7 +93,7 @@ def test_who_raises_is_refused_and_the_others_go_on(measure, opponents):
 def test_ours_and_the_opponents_of_a_cpu_are_right(measure, opponents, gated, bidirectional, dtype):
     case = opponents.Case(3, 4, 50, 9, dtype, gated, bidirectional)
     theirs = [name for name in opponents.NAMES if opponents.unfit(name, case, CPU) is None]
-    assert theirs == (["fft"] if bidirectional else ["fft", "conv1d"])
+    assert theirs == (["fft"] if bidirectional else ["fft", "fft-blocked", "conv1d"])
     found = race(measure, opponents, case, [opponents.our_contender("auto", "auto", case)], theirs)
     assert found.refused == {}
     assert [c.opponent for c in found.comparisons] == theirs
@@ -190,7 +190,7 @@ def test_the_command_writes_its_record_and_picture(conv, tmp_path, capsys):
     assert record["device"] == "cpu"
     assert record["threads"] >= 1
     assert set(record) >= {"triton", "device_name", "commit", "date", "results", "skipped"}
-    assert len(record["results"]) == 6 * 2 * 2
+    assert len(record["results"]) == 6 * 2 * 3
     first = record["results"][0]
     assert (first["length"], first["taps"], first["ours"], first["opponent"]) == (32, 32, "auto", "fft")
     assert first["both_ratio"] > 0

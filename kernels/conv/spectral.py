@@ -62,10 +62,10 @@ def gradients(
     """
     B, D, T = u.shape
     need_u, need_k, need_skip, need_pre, need_post, need_past = needed
-    out = empty_gradients(u, k, skip, pre_gate, post_gate, past, needed)
-    du, _, dskip, dpre, dpost, dpast = out
+    given = (u, k, skip, pre_gate, post_gate, past)
     if u.numel() == 0:
-        return tuple(gradient.zero_() for gradient in out)  # type: ignore[return-value]
+        return tuple(gradient.zero_() for gradient in empty_gradients(*given, needed))  # type: ignore[return-value]
+    du, no_dk, dskip, dpre, dpost, dpast = empty_gradients(*given, [need_u, False, *needed[2:]])
     L, keep = _reach(k, T, past)
     how, filters = plan(T, L, u.device.type, keep), _by_group(k, D)
     dtype = accumulation_dtype(u, k, skip, pre_gate, post_gate, past)
@@ -85,7 +85,7 @@ def gradients(
             total = sums[:, block.filters, :, :L]
             own = found.sum_to_size(total.shape)
             total.copy_(own) if block.starts_filter else total.add_(own)
-    return (du, sums.view(k.shape).to(k.dtype) if need_k else out[1], *out[2:])
+    return (du, sums.view(k.shape).to(k.dtype) if need_k else no_dk, dskip, dpre, dpost, dpast)
 
 
 def empty_gradients(

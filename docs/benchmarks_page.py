@@ -17,7 +17,8 @@ What was measured, by the programs in `benchmarks/`. This page is made from thei
 turns, and give medians of ratios within a turn. A ratio above 1 means that this package is the faster one. Devices: {devices}.
 """
 ABOUT = {
-    "conv": "Long convolution against the field's reference, an FFT of twice the length with torch's autograd.",
+    "conv": "Long convolution against the field's reference, an FFT of twice the length with torch's autograd (fft), and "
+    "against the same eight channels at a time with a backward by hand (fft-blocked).",
     "synthetics": "How well small models learn associative recall and induction heads, accuracy "
     "on examples that decided nothing.",
     "listops": "ListOps by a tiny model of long convolutions, from scratch and after training on the expressions alone, the "
@@ -30,6 +31,7 @@ CONV = {
     "T": "length",
     "taps": "taps",
     "dtype": "dtype",
+    "against": "opponent",
     "forward": "forward_ratio",
     "forward + backward": "both_ratio",
     "quartiles": "both_ratio_spread",
@@ -87,6 +89,8 @@ def _command(file: Path, record: dict[str, Any]) -> str:
         taps = {_taps(row["length"], row["taps"]): None for row in rows}
         words += ["--lengths", *_words(rows, "length"), "--taps", *taps, "--batch", *_words(rows, "batch")]
         words += ["--channels", *_words(rows, "channels"), "--dtype", *_words(rows, "dtype")]
+        named = [row for row in rows if "opponent" in row]
+        words += ["--opponents", *_words(named, "opponent")] if named else []
     if file.stem == "synthetics":
         words += ["--patterns", *_words(rows, "pattern"), "--seed", *_words(rows, "seed")]
     if file.stem == "listops":

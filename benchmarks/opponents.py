@@ -1,8 +1,8 @@
 """What the convolutions are measured against, each as its users call it, and our own calls.
 
     fft             rfft of size 2 T of input and filter, product, irfft, skip and gates by torch: the field's models
-    fft-blocked     on a CPU, the same eight channels at a time with a backward by hand that saves the inputs only: its page
-                    faults and its memory are what costs most in the first, and an hour's work does away with them
+    fft-blocked     on a CPU, the same eight channels at a time with a backward by hand that saves the inputs only: an hour's
+                    work, without the page faults and the memory that cost most in the first
     conv1d          torch's Conv1d, depthwise, of which the first T outputs are kept; the skip stands in the tap at lag 0
     flash-fft-conv  FlashFFTConv of Fu et al. 2023, arXiv:2311.05908: transforms of 2 T points, gates inside
     causal-conv1d   the CUDA kernel of the Mamba models, 2 to 4 taps

@@ -3,8 +3,8 @@
     output i       irfft(rfft(x[i hop - (L-1) ...]) K), without its first L - 1
     dx of frame i  irfft(rfft(dy[i hop ... + L - 1]) conj K)      dk = irfft(sum_i rfft(dy as before) conj rfft(x[i hop ...]))
 
-dy reaches L - 1 positions ahead of the hop that x alone fills: no product wraps around. Few frames are gone through one by
-one, straight from the inputs; many at once, as a strided view of a padded copy.
+dy reaches L - 1 positions ahead of the hop that x alone fills: no product wraps around. Few frames, and long ones, are gone
+through one by one, straight from the inputs; many short ones at once, as a strided view of a padded copy.
 """
 
 from torch import Tensor
@@ -15,24 +15,21 @@ from seqengine.kernels.conv.transforms import irfft_, rfft_, row_length
 
 
 class Frames:
-    """Few frames, one by one."""
+    """Frames one by one."""
 
     def __init__(self, how: Plan) -> None:
         self.how, self.taps, self.inputs, self.ahead = how, Rows(), Rows(), Rows()
 
-    def _taps(self, k: Taps, block: Block) -> Tensor:
-        return rfft_(self.taps.padded(k, block, 0, len(k), self.how.size), self.how.size)
-
     def _input(self, x: Stream, block: Block, start: int, lead: int) -> Tensor:
         """Spectrum of the frame's inputs with `lead` positions of history."""
         last = min(start + self.how.hop, len(x))
-        return rfft_(self.inputs.padded(x, block, start - lead, last, self.how.size), self.how.size)
+        return self.inputs.spectrum(x, block, start - lead, last, self.how.size)
 
     def _inverse(self, spectrum: Tensor, first: int, count: int) -> Tensor:
         return irfft_(spectrum, self.how.size)[..., first : first + count]
 
     def convolve(self, x: Stream, k: Taps, block: Block, y: Sink) -> None:
-        taps = self._taps(k, block)
+        taps = self.taps.spectrum(k, block, 0, len(k), self.how.size)
         for start in range(0, len(x), self.how.hop):
             lead = min(len(k) - 1, start)
             z = self._inverse(self._input(x, block, start, lead).mul_(taps), lead, self.how.hop)
@@ -43,7 +40,7 @@ class Frames:
     ) -> Tensor | None:
         L, size, hop = len(k), self.how.size, self.how.hop
         total: Tensor | None = None
-        taps = self._taps(k, block)
+        taps = self.taps.spectrum(k, block, 0, L, size)
         conjugate = taps.conj_physical() if y is not None else taps.conj_physical_()
         for start in range(0, len(x), hop):
             if y is not None:
@@ -54,7 +51,7 @@ class Frames:
                 inputs = self._input(x, block, start, 0)
             if need_k or dx is not None:
                 last = min(start + hop + L - 1, len(dy))
-                spectrum = rfft_(self.ahead.padded(dy, block, start, last, size), size)
+                spectrum = self.ahead.spectrum(dy, block, start, last, size)
             if need_k:
                 inputs.conj_physical_()
                 if total is None:
@@ -76,7 +73,7 @@ class ManyFrames:
 
     def _taps(self, k: Taps, block: Block) -> Tensor:
         """[b, g, q, 1, F]."""
-        return rfft_(self.taps.padded(k, block, 0, len(k), self.how.size), self.how.size)[..., None, :]
+        return self.taps.spectrum(k, block, 0, len(k), self.how.size)[..., None, :]
 
     def _spectra(self, rows: Rows, x: Stream, block: Block, before: int, filled: int) -> Tensor:
         """[B, g, p, count, F]: frame i holds `filled` values from `before` positions before i * hop on, then zeros."""

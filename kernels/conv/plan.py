@@ -21,7 +21,7 @@ MIXED_RADIX, MIXED_RADIX_COST = 1 << 16, 1.25
 FILTER_SHARE = 0.25
 """Transforms of filters for each frame of inputs: between a batch of one and of many."""
 FEW_FRAMES = 8
-"""So many frames of any size are gone through one by one."""
+"""Frames may be of any size up to so many; more are of a power of two, small ones all at once."""
 FRAME_RATIO = 4
 """Points of an overlap-save frame for each tap, at least."""
 SMALLEST_FRAME, LONGEST_FRAME = 1 << 10, 1 << 15
@@ -126,6 +126,18 @@ class Block(NamedTuple):
     filters: slice
     starts_filter: bool
     """False if an earlier block used the same filter."""
+
+    @property
+    def groups(self) -> int:
+        """g: filters."""
+        count: int = self.filters.stop - self.filters.start
+        return count
+
+    @property
+    def group_size(self) -> int:
+        """p: channels for each filter."""
+        count: int = self.channels.stop - self.channels.start
+        return count // self.groups
 
 
 def channels_at_once(batch: int, points: int, device_type: str) -> int:

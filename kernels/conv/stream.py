@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from seqengine.kernels.conv.plan import Block
-from seqengine.kernels.conv.transforms import row_length
+from seqengine.kernels.conv.transforms import rfft_, row_length
 from seqengine.kernels.environment import HAS_TRITON
 
 
@@ -23,9 +23,7 @@ def is_fused(device_type: str) -> bool:
 
 def grouped(x: Tensor, block: Block) -> Tensor:
     """Some channels of x [B, D, n] by the filter that they share: a view [B, g, p, n]."""
-    count = block.filters.stop - block.filters.start
-    own = x[:, block.channels]
-    view: Tensor = own.unflatten(1, (count, own.shape[1] // count))
+    view: Tensor = x[:, block.channels].unflatten(1, (block.groups, block.group_size))
     return view
 
 
@@ -48,8 +46,7 @@ class Stream:
 
     def rows(self, block: Block) -> tuple[int, int, int]:
         """B, g, p."""
-        groups = block.filters.stop - block.filters.start
-        return self.x.shape[0], groups, (block.channels.stop - block.channels.start) // groups
+        return self.x.shape[0], block.groups, block.group_size
 
     def write(self, out: Tensor, block: Block, first: int, last: int) -> None:
         """Positions first .. last - 1 of some channels into out [B, g, p, last - first]."""
@@ -86,9 +83,7 @@ class Taps:
 
     def rows(self, block: Block) -> tuple[int, int, int]:
         """b, g, q."""
-        groups = block.filters.stop - block.filters.start
-        each = 1 if self.skip is None else (block.channels.stop - block.channels.start) // groups
-        return self.filters.shape[0], groups, each
+        return self.filters.shape[0], block.groups, 1 if self.skip is None else block.group_size
 
     def write(self, out: Tensor, block: Block, first: int, last: int) -> None:
         """Lags first .. last - 1 of some filters into out [b, g, q, last - first]."""
@@ -111,9 +106,10 @@ class Rows:
         shape = (*source.rows(block), *sizes)
         if source.device.type != "cpu":
             return torch.empty(shape, dtype=source.dtype, device=source.device)
-        if self.kept is None or self.kept.numel() < prod(shape):
-            self.kept = torch.empty(prod(shape), dtype=source.dtype, device=source.device)
-        return self.kept[: prod(shape)].view(shape)
+        count = prod(shape)
+        if self.kept is None or self.kept.numel() < count:
+            self.kept = torch.empty(count, dtype=source.dtype, device=source.device)
+        return self.kept[:count].view(shape)
 
     def padded(self, source: Stream | Taps, block: Block, first: int, last: int, size: int, before: int = 0) -> Tensor:
         """For `size` points: `before` zeros, positions first .. last - 1, zeros. [B, g, p, row_length(size)]"""
@@ -127,6 +123,10 @@ class Rows:
         rows[..., end:].zero_()
         return rows
 
+    def spectrum(self, source: Stream | Taps, block: Block, first: int, last: int, size: int) -> Tensor:
+        """[B, g, p, size / 2 + 1]: of positions first .. last - 1 and zeros."""
+        return rfft_(self.padded(source, block, first, last, size), size)
+
     def _fused(self, stream: Stream, block: Block, size: int) -> Tensor:
         from seqengine.kernels.conv.triton_gates import pad_gated
 
@@ -134,8 +134,7 @@ class Rows:
         x, gate, past = (None if t is None else t[:, some] for t in (stream.x, stream.gate, stream.past))
         assert x is not None
         rows = pad_gated(x, gate, past, stream.keep, size, stream.dtype)
-        count = block.filters.stop - block.filters.start
-        view: Tensor = rows.unflatten(1, (count, rows.shape[1] // count))
+        view: Tensor = rows.unflatten(1, (block.groups, block.group_size))
         return view
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seqengine.kernels.api import SparseSpectrum, long_conv
-from seqengine.kernels.conv import frames
+from seqengine.kernels.conv import stream
 from seqengine.kernels.conv.plan import fft_size
 from tests.tolerances import assert_close
 
@@ -238,7 +238,7 @@ def test_decoding_after_a_state_makes_no_transform_and_matches_it(T, monkeypatch
     for name, actual in run(a, "torch").items():
         assert_close(actual, expected[name], name)
     made = []
-    monkeypatch.setattr(frames, "rfft_", lambda rows, n: made.append(n) or torch.fft.rfft(rows[..., :n]))
+    monkeypatch.setattr(stream, "rfft_", lambda rows, n: made.append(n) or torch.fft.rfft(rows[..., :n]))
     long_conv(**a)
     assert bool(made) == (T > 4)
 

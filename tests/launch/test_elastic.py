@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from seqengine.checkpoint.reading import TensorReader
+from seqengine.checkpoint.store import LATEST
 from seqengine.metrics import read_metrics
 from seqengine.watchdog import read_beats
 from tests.seqengine.runs import BASE, train_on
@@ -59,9 +60,10 @@ class Job:
             )
 
     def wait_for_step(self, step: int) -> None:
-        """Until the metrics have it."""
+        """Until the metrics have it, and a checkpoint is whole: steps do not wait for the thread that writes."""
         end = time.monotonic() + LIMIT_SECONDS
-        while not any(line["step"] >= step for line in read_metrics(self.run)):
+        latest = self.run / "ckpt" / LATEST
+        while not (latest.exists() and any(line["step"] >= step for line in read_metrics(self.run))):
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < end, self.log.read_text()
             time.sleep(0.01)

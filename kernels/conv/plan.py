@@ -12,6 +12,8 @@ SPARSE_BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}
 """The same where a block's spectra go through a matrix product, which is faster for more of them."""
 FEW_CHANNELS, LARGEST_BLOCK = 4, 1 << 21
 """So many channels are worked on at once even if they are more than a block, up to so many reals: calls cost time too."""
+MOST_WORKERS, WORTH_WORKERS = 8, 1 << 24
+"""Blocks are shared out among so many threads at most, and from so many padded reals on: torch's own spin for 3 ms before."""
 IN_CACHE, LONGEST_TRANSFORM = 1 << 14, 1 << 20
 """Points of one transform on a CPU. Up to the first a point costs log n; beyond the second, partitions are faster."""
 CACHE_COST = 0.15
@@ -140,16 +142,24 @@ class Block(NamedTuple):
         return count // self.groups
 
 
-def channels_at_once(batch: int, points: int, device_type: str) -> int:
-    """Whose padded values, `points` for each sample, are a block."""
+def workers(batch: int, channels: int, filters: int, how: Plan, device_type: str, threads: int) -> int:
+    """Among how many threads blocks are shared out: each has four filters or more, and all their blocks are one largest one."""
+    if device_type != "cpu" or batch * channels * how.size * how.count < WORTH_WORKERS:
+        return 1
+    return max(1, min(threads, MOST_WORKERS, filters // FEW_CHANNELS, LARGEST_BLOCK // (batch * how.points)))
+
+
+def channels_at_once(batch: int, points: int, device_type: str, at_once: int = 1) -> int:
+    """Whose padded values, `points` for each sample, are one of the blocks that are worked on at the same time."""
     own = max(1, batch * points)
-    return max(1, BLOCK_ELEMENTS.get(device_type, 1 << 24) // own, min(FEW_CHANNELS, LARGEST_BLOCK // own))
+    block = BLOCK_ELEMENTS.get(device_type, 1 << 24) // min(at_once, 2)
+    return max(1, block // own, min(FEW_CHANNELS, LARGEST_BLOCK // (at_once * own)))
 
 
-def blocks(batch: int, channels: int, filters: int, how: Plan, device_type: str) -> Iterator[Block]:
-    """Whole groups of channels that share a filter, or parts of one group."""
+def blocks(batch: int, channels: int, filters: int, how: Plan, device_type: str, at_once: int = 1) -> Iterator[Block]:
+    """Whole groups of channels that share a filter, or parts of one group; `at_once` of them at the same time."""
     per_filter = channels // filters
-    width = channels_at_once(batch, how.points, device_type)
+    width = channels_at_once(batch, how.points, device_type, at_once)
     if width >= per_filter:
         step = width // per_filter
         for first in range(0, filters, step):

@@ -8,13 +8,16 @@ dx and dk.
 Inputs before the first token (a state) go in front of the sequence; their outputs are dropped.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from seqengine.kernels.conv.frames import Frames, ManyFrames
 from seqengine.kernels.conv.partitioned import Partitions
-from seqengine.kernels.conv.plan import Plan, blocks, plan
+from seqengine.kernels.conv.plan import Block, Plan, blocks, plan, workers
 from seqengine.kernels.conv.stream import Sink, Stream, Taps
+from seqengine.kernels.conv.workers import Work, can_share, share
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -25,6 +28,13 @@ def _method(how: Plan) -> Frames | ManyFrames | Partitions:
     return ManyFrames(how) if how.method == "many frames" else Frames(how)
 
 
+def _share(u: Tensor, filters: Tensor, how: Plan, start: Callable[[], Work]) -> None:
+    """Work on all blocks; what has no data has no time to gain."""
+    of = (u.shape[0], u.shape[1], filters.shape[1], how, u.device.type)
+    count = workers(*of, torch.get_num_threads()) if can_share() and type(u) is Tensor else 1
+    share(blocks(*of, count), count, start)
+
+
 def convolve(
     u: Tensor, k: Tensor, skip: Tensor | None, pre_gate: Tensor | None, post_gate: Tensor | None, past: Tensor | None
 ) -> Tensor:
@@ -32,17 +42,21 @@ def convolve(
 
     u and gates [B, D, T]; k [G, L] with G dividing D, or [B, D, L]; skip [D]; past [B, D, L-1] of gated inputs.
     """
-    B, D, T = u.shape
+    D, T = u.shape[1:]
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     if y.numel() == 0:
         return y
     L, keep = _reach(k, T, past)
     how, filters = plan(T, L, u.device.type, keep), _by_group(k, D)
     dtype = accumulation_dtype(u, k, skip, pre_gate, post_gate, past)
-    method, x, out = _method(how), Stream(u, pre_gate, past, keep, dtype), Sink(keep, [(y, post_gate)])
+    x, out = Stream(u, pre_gate, past, keep, dtype), Sink(keep, [(y, post_gate)])
     taps = Taps(filters, skip, L, dtype)
-    for block in blocks(B, D, filters.shape[1], how, u.device.type):
-        method.convolve(x, taps, block, out)
+
+    def start() -> Work:
+        method = _method(how)
+        return lambda block: method.convolve(x, taps, block, out)
+
+    _share(u, filters, how, start)
     return y
 
 
@@ -60,7 +74,7 @@ def gradients(
 
     What is not needed is an empty tensor. dk is summed over the batch, unless k has one; taps beyond T get zero.
     """
-    B, D, T = u.shape
+    D, T = u.shape[1:]
     need_u, need_k, need_skip, need_pre, need_post, need_past = needed
     given = (u, k, skip, pre_gate, post_gate, past)
     if u.numel() == 0:
@@ -69,7 +83,7 @@ def gradients(
     L, keep = _reach(k, T, past)
     how, filters = plan(T, L, u.device.type, keep), _by_group(k, D)
     dtype = accumulation_dtype(u, k, skip, pre_gate, post_gate, past)
-    method, x, ahead = _method(how), Stream(u, pre_gate, past, keep, dtype), Stream(dy, post_gate, None, keep, dtype)
+    x, ahead = Stream(u, pre_gate, past, keep, dtype), Stream(dy, post_gate, None, keep, dtype)
     gated = [(du, pre_gate)] * need_u + [(dpre, u)] * need_pre
     to_x = Sink(keep, gated, dpast if need_past else None) if gated or need_past else None
     to_y = Sink(keep, [(dpost, dy)]) if need_post else None
@@ -77,14 +91,22 @@ def gradients(
     if need_k:
         sums[..., L:].zero_()
     taps = Taps(filters, skip, L, dtype)
-    for block in blocks(B, D, filters.shape[1], how, u.device.type):
-        found = method.gradients(ahead, x, taps, block, to_x, to_y, need_k or need_skip)
-        if found is not None and need_skip:
-            dskip[block.channels] = found[..., 0].sum(dim=0).flatten()
-        if found is not None and need_k:
-            total = sums[:, block.filters, :, :L]
-            own = found.sum_to_size(total.shape)
-            total.copy_(own) if block.starts_filter else total.add_(own)
+
+    def start() -> Work:
+        method = _method(how)
+
+        def work(block: Block) -> None:
+            found = method.gradients(ahead, x, taps, block, to_x, to_y, need_k or need_skip)
+            if found is not None and need_skip:
+                dskip[block.channels] = found[..., 0].sum(dim=0).flatten()
+            if found is not None and need_k:
+                total = sums[:, block.filters, :, :L]
+                own = found.sum_to_size(total.shape)
+                total.copy_(own) if block.starts_filter else total.add_(own)
+
+        return work
+
+    _share(u, filters, how, start)
     return (du, sums.view(k.shape).to(k.dtype) if need_k else no_dk, dskip, dpre, dpost, dpast)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 _REAL, _IN_PLACE, _COMPLEX_COMPLEX = 33, 43, 39
 _SINGLE, _DOUBLE = "DftiCreateDescriptor_s_1d", "DftiCreateDescriptor_d_1d"
 _BACKWARD_SCALE, _NUMBER, _CONJUGATE_EVEN, _PLACEMENT, _INPUT_DISTANCE, _OUTPUT_DISTANCE = 5, 7, 10, 11, 14, 15
+_THREAD_LIMIT = 27
 _DTYPES = (torch.float32, torch.float64)
 KEPT_PLANS = 32
 
@@ -61,9 +62,11 @@ def _run(rows: Tensor, n: int, *, inverse: bool) -> None:
 
 
 class _Plan:
-    """Of `count` transforms of n values, one after another in memory."""
+    """Of `count` transforms of n values, one after another in memory. Threads may run it at the same time."""
 
-    def __init__(self, library: ctypes.CDLL, n: int, count: int, dtype: torch.dtype, *, inverse: bool) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, n: int, count: int, dtype: torch.dtype, threads: int, *, inverse: bool
+    ) -> None:
         self._handle = ctypes.c_void_p()
         create = getattr(library, _SINGLE if dtype == torch.float32 else _DOUBLE)
         _check(create(ctypes.byref(self._handle), _REAL, ctypes.c_long(n)))
@@ -71,6 +74,7 @@ class _Plan:
         distances = (n // 2 + 1, n + 2) if inverse else (n + 2, n // 2 + 1)
         settings: list[tuple[int, object]] = [
             *((_PLACEMENT, _IN_PLACE), (_CONJUGATE_EVEN, _COMPLEX_COMPLEX), (_NUMBER, ctypes.c_long(count))),
+            (_THREAD_LIMIT, ctypes.c_long(threads)),
             *zip((_INPUT_DISTANCE, _OUTPUT_DISTANCE), map(ctypes.c_long, distances), strict=True),
             (_BACKWARD_SCALE, ctypes.c_double(1.0 / n)),
         ]
@@ -85,10 +89,10 @@ class _Plan:
 
 @lru_cache(maxsize=KEPT_PLANS)
 def _plan(n: int, count: int, dtype: torch.dtype, inverse: bool, threads: int) -> _Plan:
-    """threads: a plan is for as many as torch has."""
+    """threads: a plan is for as many as the calling thread has."""
     library = _library()
     assert library is not None
-    return _Plan(library, n, count, dtype, inverse=inverse)
+    return _Plan(library, n, count, dtype, threads, inverse=inverse)
 
 
 def _check(status: int) -> None:

@@ -1,0 +1,84 @@
+"""Blocks of channels shared out among threads of Python, each with its part of torch's threads.
+
+A block is some ten operations of a few dozen microseconds. Where all threads share each of them, they wait for one another
+after each: a tenth of the time on a quiet machine, and most of it where another process has one of the cores, because the
+others spin. Threads with blocks of their own meet at the end only, and a slow one takes fewer blocks. Which thread has a block
+changes no digit of it; how many there are decides how large blocks are, as the number of torch's threads does elsewhere.
+"""
+
+import ctypes
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+import torch
+
+from seqengine.kernels.conv.plan import Block
+
+Work = Callable[[Block], None]
+
+
+def share(blocks: Iterable[Block], workers: int, start: Callable[[], Work]) -> None:
+    """Work on all blocks. start() is called once by each worker, for memory of its own, and returns what it does with a block.
+
+    Blocks of one filter stay together and in order: their gradients are added up. The first error is raised, when all workers
+    have ended.
+    """
+    if workers <= 1:
+        work = start()
+        for block in blocks:
+            work(block)
+        return
+    waiting: SimpleQueue[list[Block]] = SimpleQueue()
+    for together in _by_filter(blocks):
+        waiting.put(together)
+    threads, inference = max(1, torch.get_num_threads() // workers), torch.is_inference_mode_enabled()
+
+    def run() -> None:
+        _limit_own_threads(threads)
+        with torch.inference_mode(inference), torch.no_grad():
+            work = start()
+            while True:
+                try:
+                    together = waiting.get_nowait()
+                except Empty:
+                    return
+                for block in together:
+                    work(block)
+
+    with ThreadPoolExecutor(workers, "long_conv") as pool:
+        for ended in [pool.submit(run) for _ in range(workers)]:
+            ended.result()
+
+
+def can_share() -> bool:
+    """Whether a thread of Python can have fewer threads of torch's than the others: where torch has OpenMP, on Linux."""
+    return _openmp() is not None
+
+
+def _by_filter(blocks: Iterable[Block]) -> list[list[Block]]:
+    found: list[list[Block]] = []
+    for block in blocks:
+        if block.starts_filter:
+            found.append([])
+        found[-1].append(block)
+    return found
+
+
+def _limit_own_threads(threads: int) -> None:
+    """Of the calling thread alone: torch.set_num_threads is meant for all that begin later, too."""
+    torch.get_num_threads()  # a new thread's first question gives it as many as the others: not after ours
+    openmp = _openmp()
+    assert openmp is not None
+    openmp.omp_set_num_threads(ctypes.c_int(threads))
+
+
+@cache
+def _openmp() -> ctypes.CDLL | None:
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if not torch.backends.openmp.is_available() or not path.is_file():
+        return None
+    library = ctypes.CDLL(str(path))
+    return library if hasattr(library, "omp_set_num_threads") else None

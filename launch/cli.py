@@ -13,7 +13,7 @@ from seqengine.launch.cli_ckpt import add_ckpt
 from seqengine.launch.cli_eval import add_eval
 from seqengine.launch.cli_launch import add_launch
 from seqengine.launch.cli_plan import add_plan
-from seqengine.launch.cli_processes import launch, num_processes
+from seqengine.launch.cli_processes import launch, num_processes, train_words
 from seqengine.launch.cli_report import add_report
 from seqengine.launch.cli_watch import add_watch
 
@@ -134,8 +134,7 @@ def _train(arguments: argparse.Namespace) -> int:
     source = check_run(loaded.config).source or open_source(loaded.config.data)
     wanted = num_processes(loaded.config)
     if not processes.launched and (wanted > 1 or arguments.max_restarts):
-        changes = [word for key in allowed for word in ("--allow-change", key)]
-        words = ["train", arguments.config, *arguments.overrides, *changes]
+        words = train_words(arguments.config, arguments.overrides, allowed)
         signals = loaded.config.ckpt.on_signal
         return launch(words, wanted, max_restarts=arguments.max_restarts, signals=signals)
     with mesh_of(loaded.config, processes) as mesh:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from seqengine.errors import BAD_INPUT, FAILED, PREEMPTED
+from seqengine.launch.cli_processes import train_words
 from seqengine.launch.environment import FIRST_PORT, NUM_PORTS
 from seqengine.launch.request import GPU_OPTIONS, MAX_REQUEUES, PORT, SIGNAL_SECONDS, Request
 from seqengine.launch.torchrun import SHUTDOWN_SECONDS
@@ -179,10 +180,9 @@ def _exports(request: Request) -> Iterator[str]:
         yield f"export {name}={shlex.quote(value)}"
 
 
-def train_words(request: Request, place: Place) -> list[str]:
-    """The words of `seqengine train` for every process of the run."""
-    allowed = [word for key in request.allow_change for word in ("--allow-change", key)]
-    return ["train", str(place.config), *allowed]
+def words_of_run(request: Request, place: Place) -> list[str]:
+    """Of `seqengine train`, for every process."""
+    return train_words(str(place.config), allow_change=request.allow_change)
 
 
 def _step(request: Request, each: int, place: Place, python: str) -> list[str]:
@@ -198,7 +198,7 @@ def _step(request: Request, each: int, place: Place, python: str) -> list[str]:
         f"--output={shlex.quote(log)}",
         *options,
     ]
-    tail = f'"$preempted" {shlex.join(train_words(request, place))}'
+    tail = f'"$preempted" {shlex.join(words_of_run(request, place))}'
     if not by_node:
         ignore = """sh -c 'trap "" USR1; exec "$@"' task"""
         return [*words, f"{ignore} {shlex.join([*inside, python])} -m seqengine.launch.task", f"{NONE} {tail}"]
@@ -267,7 +267,7 @@ def node_script(request: Request, each: int, place: Place, python: str, address:
         f'{shlex.quote(python)} -m torch.distributed.run --nnodes={request.nodes} --node-rank="$node" \\',
         f"    --nproc-per-node={each} --master-addr={shlex.quote(address)} --master-port={port} \\",
         f"    --max-restarts={_or(request.max_restarts, 0)} -m seqengine.launch.task \\",
-        f'    {shlex.quote(str(logs))} "$preempted" {shlex.join(train_words(request, place))} &',
+        f'    {shlex.quote(str(logs))} "$preempted" {shlex.join(words_of_run(request, place))} &',
         f"{_WAIT}\n",
         _NODE_END,
     ]

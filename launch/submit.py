@@ -26,7 +26,7 @@ from seqengine.launch import slurm
 from seqengine.launch.job import Follower
 from seqengine.launch.record import FOLDER, Launch, check_free, only_one, started_at
 from seqengine.launch.request import SCHEDULERS, Request, processes_per_node
-from seqengine.launch.scripts import NONE, Place, node_script, slurm_script, train_words
+from seqengine.launch.scripts import NONE, Place, node_script, slurm_script, words_of_run
 from seqengine.launch.torchrun import run_local
 from seqengine.rundir import RunDirectory, versions
 
@@ -131,7 +131,7 @@ def _text(request: Request, each: int, place: Place) -> str:
 
 def _task_words(request: Request, place: Place) -> list[str]:
     """Of each process of a local launch, for Python."""
-    return ["-m", "seqengine.launch.task", str(place.logs / place.log_name), NONE, *train_words(request, place)]
+    return ["-m", "seqengine.launch.task", str(place.logs / place.log_name), NONE, *words_of_run(request, place)]
 
 
 def _write(loaded: Loaded, request: Request, each: int, place: Place) -> None:

@@ -84,11 +84,11 @@ class Keeper:
                 f"data: {found.directory} was trained on other data (content {record.data_hash[:12]}); got "
                 f"{self.data_hash[:12]}. Give the same data, or start another run (run.dir=...)."
             )
-        found = replace(found, same_mesh=record.mesh == self.mesh_record)
-        tensors = self._tensors(with_rng=found.same_mesh)
+        is_exact = record.was_on(self.mesh_record)
+        tensors = self._tensors(with_rng=is_exact)
         self.store.load(found.directory, tensors, prefixes=PREFIXES, dealt_out=self.backend.deals_out)
         self.backend.loaded(tensors)
-        if found.same_mesh:
+        if is_exact:
             restore_rng(tensors, self.mesh.rank, self.mesh.device)
         if "spikes" in record.extra:
             self.spikes.restore(record.extra["spikes"])

@@ -112,7 +112,8 @@ class Trainer:
             self.say(f"passed over a damaged checkpoint: {damage}")
         self.progress = replace(found.record.progress)
         self.progress.samples = self._feed().stream.resume(StreamState.from_dict(found.record.stream))
-        how = "bit for bit, on the same mesh" if found.same_mesh else "on another mesh, with the same samples"
+        is_exact = found.record.was_on(self.keeper.mesh_record)
+        how = "bit for bit, on the same mesh" if is_exact else "on another mesh, with the same samples"
         self.say(f"resumed at step {self.progress.step} from {found.directory} ({how})")
         return True
 

@@ -54,6 +54,10 @@ class Record:
         """The file's contents, which no longer follow changes of `progress`."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
+    def was_on(self, mesh: Mapping[str, int | str]) -> bool:
+        """By ranks in the same places, so that their random states fit. An axis that an old record lacks had one rank."""
+        return all(self.mesh.get(name, 1 if isinstance(of, int) else of) == of for name, of in mesh.items())
+
     @classmethod
     def read(cls, directory: Path) -> "Record":
         """Raises InputError if there is none, or it is of another format."""

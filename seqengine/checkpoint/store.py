@@ -39,8 +39,6 @@ class Found:
 
     directory: Path
     record: Record
-    same_mesh: bool
-    """It was written by ranks in the same places, so that their random states fit."""
     skipped: tuple[str, ...] = ()
 
 
@@ -245,9 +243,7 @@ class CheckpointStore:
         return self._found(directory, ())
 
     def _found(self, directory: Path, skipped: tuple[str, ...]) -> Found:
-        record = Record.read(directory)
-        same = all(record.mesh.get(axis, 1) == size for axis, size in self.mesh.axes.items())
-        return Found(directory, record, same, skipped)
+        return Found(directory, Record.read(directory), skipped)
 
     def load(
         self, directory: Path, tensors: Mapping[str, Tensor], *, prefixes: Sequence[str], dealt_out: bool = False

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
 LAUNCHER = "import sys; from seqengine.launch.torchrun import run_local; sys.exit(run_local({arguments}))"
 HEADER = """
 import os, signal, socket, subprocess, sys, time
+from functools import partial
 from pathlib import Path
 RUN, rank = Path({folder!r}), int(os.environ["RANK"])
 life = len(list(RUN.glob(f"worker-{{rank}}-*")))
@@ -48,6 +50,7 @@ class Launcher:
             start_new_session=True,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),  # ignored under nohup
         )
 
     def wait(self) -> tuple[int, str]:

@@ -43,21 +43,22 @@ def _load_on(group, directory, dim):
     store = CheckpointStore(directory.parent, mesh)
     found = store.newest()
     tensors = sharded(blank(), mesh, dim)
-    everything = tensors | (rng_tensors(mesh.rank, CPU) if found.same_mesh else {})
-    store.load(found.directory, everything, prefixes=EVERYTHING if found.same_mesh else ("model.", "optim."))
-    if found.same_mesh:
+    is_exact = found.record.was_on(mesh.axes)
+    everything = tensors | (rng_tensors(mesh.rank, CPU) if is_exact else {})
+    store.load(found.directory, everything, prefixes=EVERYTHING if is_exact else ("model.", "optim."))
+    if is_exact:
         restore_rng(everything, mesh.rank, CPU)
-    return whole(tensors), found, torch.rand(3)
+    return whole(tensors), found, is_exact, torch.rand(3)
 
 
 @pytest.mark.parametrize(("readers", "dim"), [(2, 0), (3, 1)])
 def test_what_two_ranks_wrote_comes_back_exactly_on_any_number(by_two, readers, dim):
-    for rank, (tensors, found, noise) in enumerate(run_ranks(readers, _load_on, by_two, dim)):
+    for rank, (tensors, found, is_exact, noise) in enumerate(run_ranks(readers, _load_on, by_two, dim)):
         assert is_equal(tensors, values())
         assert found.record.progress == Progress(5, 500, 10, 1.5, 1)
         assert found.record.stream == {"seed": 1, "epoch": 0, "samples": 10}
         assert found.record.extra == {"spikes": [1, 2]}
-        assert found.same_mesh == (readers == 2)
+        assert is_exact == (readers == 2)
         if readers == 2:
             expected = torch.rand(3, generator=torch.Generator().manual_seed(100 + rank))
             assert torch.equal(noise, expected), "this rank's random state goes on where it was"
@@ -157,7 +158,9 @@ def test_a_checkpoint_of_format_1_is_still_read(tmp_path):
     found = CheckpointStore(tmp_path, single()).newest()
     assert found.record.progress == Progress(5, 500, 10, 1.5, 0)
     assert found.record.extra == {}
-    assert found.same_mesh
+    assert found.record.was_on(single().axes)
+    assert found.record.was_on(single().axes | {"backend": "fsdp2"}), "it did not say"
+    assert not found.record.was_on(single().axes | {"shard": 2})
 
 
 @pytest.mark.parametrize(

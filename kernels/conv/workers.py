@@ -7,6 +7,7 @@ changes no digit of it; how many there are decides how large blocks are, as the 
 """
 
 import ctypes
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -54,8 +55,8 @@ def share(blocks: Iterable[Block], workers: int, start: Callable[[], Work]) -> N
 
 
 def can_share() -> bool:
-    """Whether a thread of Python can have fewer threads of torch's than the others: where torch has OpenMP, on Linux."""
-    return _openmp() is not None
+    """Whether a thread of Python can have fewer threads of torch's than the others: where torch has OpenMP."""
+    return _set_own_threads() is not None
 
 
 def _by_filter(blocks: Iterable[Block]) -> list[list[Block]]:
@@ -70,15 +71,31 @@ def _by_filter(blocks: Iterable[Block]) -> list[list[Block]]:
 def _limit_own_threads(threads: int) -> None:
     """Of the calling thread alone: torch.set_num_threads is meant for all that begin later, too."""
     torch.get_num_threads()  # a new thread's first question gives it as many as the others: not after ours
-    openmp = _openmp()
-    assert openmp is not None
-    openmp.omp_set_num_threads(ctypes.c_int(threads))
+    set_threads = _set_own_threads()
+    assert set_threads is not None
+    set_threads(threads)
 
 
 @cache
-def _openmp() -> ctypes.CDLL | None:
-    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    if not torch.backends.openmp.is_available() or not path.is_file():
+def _set_own_threads() -> Callable[[int], object] | None:
+    """OpenMP's, of the library that torch's threads come from: one that was loaded before torch goes before torch's own."""
+    own = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if os.name != "posix":
         return None
-    library = ctypes.CDLL(str(path))
-    return library if hasattr(library, "omp_set_num_threads") else None
+    for name in (None, str(own) if own.is_file() else None):
+        found: Callable[[int], object] | None = getattr(ctypes.CDLL(name), "omp_set_num_threads", None)
+        if found is not None and _takes_effect(found):
+            return found
+    return None
+
+
+def _takes_effect(set_threads: Callable[[int], object]) -> bool:
+    """On the thread that calls it."""
+
+    def ask() -> bool:
+        other = torch.get_num_threads() + 1
+        set_threads(other)
+        return torch.get_num_threads() == other
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(ask).result()

@@ -228,6 +228,20 @@ def test_blocks_of_all_workers_are_bounded(points):
         assert width * at_once * points <= plan_module.LARGEST_BLOCK
 
 
+def test_functions_that_change_nothing_for_torch_are_none():
+    """Of another OpenMP than the one that torch's threads come from."""
+    before = torch.get_num_threads()
+    assert not workers._takes_effect(lambda _: None)
+    assert torch.get_num_threads() == before
+
+
+@needs_openmp
+def test_what_is_found_takes_effect_and_on_one_thread_only():
+    before = torch.get_num_threads()
+    assert workers._takes_effect(workers._set_own_threads())
+    assert torch.get_num_threads() == before
+
+
 @pytest.mark.parametrize("why", ["no OpenMP", "no data"])
 def test_one_thread_does_all_where_others_cannot(why, threads, shared, monkeypatch):
     threads(2)

@@ -141,10 +141,10 @@ def test_toeplitz_stays_within_its_budgets(arch, what, precision, dtype):
     assert built.shared_bytes <= budget <= SHARED_LIMIT_BYTES[arch]
     assert built.stack_bytes <= STACK_BUDGET_BYTES.get((arch, what, precision, dtype), 0)
     if precision == "ieee":
-        assert not built.uses("HMMA")
-        assert not built.uses("HGMMA")
+        assert not built.uses("mma.sync")
+        assert not built.uses("wgmma.mma_async")
     else:
-        assert built.uses("HGMMA" if arch == 90 else "HMMA")
+        assert built.uses("wgmma.mma_async" if arch == 90 else "mma.sync")
 
 
 @pytest.mark.parametrize("what", ["input", "filter"])

@@ -71,7 +71,7 @@ def test_monarch(what, N, precision, arch):
     built = compile_monarch(what, arch, N, precision)
     assert built.stack_bytes <= MONARCH_STACK_BYTES[N, precision][what == "filter"]
     assert built.shared_bytes <= 96 * 1024
-    assert (built.uses("HMMA") or built.uses("HGMMA")) == (precision != "ieee")
+    assert (built.uses("mma.sync") or built.uses("wgmma.mma_async")) == (precision != "ieee")
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -80,7 +80,7 @@ def test_monarch_in_float16_with_all_rows(what, arch):
     """A short filter: the sequence fills more than half of the 4096 points."""
     built = compile_monarch(what, arch, 4096, "fp16", full=True, conj=True)
     assert built.stack_bytes <= 8
-    assert built.uses("HGMMA" if arch == 90 else "HMMA")
+    assert built.uses("wgmma.mma_async" if arch == 90 else "mma.sync")
 
 
 def compile_two_level(what, arch, precision):
@@ -114,7 +114,7 @@ def compile_two_level(what, arch, precision):
 def test_two_level(what, precision, arch):
     built = compile_two_level(what, arch, precision)
     assert built.stack_bytes <= TWO_LEVEL_STACK_BYTES[precision][what]
-    assert built.uses("HGMMA" if arch == 90 else "HMMA")
+    assert built.uses("wgmma.mma_async" if arch == 90 else "mma.sync")
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

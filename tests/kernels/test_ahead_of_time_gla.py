@@ -103,7 +103,7 @@ def compile_kernel(what, arch, dtype, size=128, integer="i32", **constants):
 def check(built, what, arch, dtype):
     assert built.shared_bytes <= SHARED_BUDGET_BYTES[what, dtype] <= SHARED_LIMIT_BYTES[80]
     assert built.stack_bytes <= STACK_BUDGET_BYTES.get((arch, what, dtype), 0)
-    assert (built.uses("HMMA") or built.uses("HGMMA")) == (dtype == "bf16" and what != "join")
+    assert (built.uses("mma.sync") or built.uses("wgmma.mma_async")) == (dtype == "bf16" and what != "join")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

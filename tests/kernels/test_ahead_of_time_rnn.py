@@ -63,7 +63,7 @@ def test_stays_within_its_budgets(arch, cell, what, dtype, BK):
     built = compile_rnn(arch, cell, what, dtype, BK)
     assert built.shared_bytes <= SHARED_BUDGET_BYTES[what, dtype, BK] <= SHARED_LIMIT_BYTES[80]
     assert built.stack_bytes <= STACK_BUDGET_BYTES.get((cell, what, dtype, BK), 0)
-    assert built.uses("HMMA")  # tensor cores, also for float32: three products of tf32
+    assert built.uses("mma.sync")  # tensor cores, also for float32: three products of tf32
 
 
 @pytest.mark.parametrize("what", KERNELS)

@@ -142,7 +142,7 @@ class Block(NamedTuple):
         return count // self.groups
 
 
-def workers(batch: int, channels: int, filters: int, how: Plan, device_type: str, threads: int) -> int:
+def num_workers(batch: int, channels: int, filters: int, how: Plan, device_type: str, threads: int) -> int:
     """Among how many threads blocks are shared out: each has four filters or more, and all their blocks are one largest one."""
     if device_type != "cpu" or batch * channels * how.size * how.count < WORTH_WORKERS:
         return 1

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from seqengine.kernels.conv.frames import Frames, ManyFrames
 from seqengine.kernels.conv.partitioned import Partitions
-from seqengine.kernels.conv.plan import Block, Plan, blocks, plan, workers
+from seqengine.kernels.conv.plan import Block, Plan, blocks, num_workers, plan
 from seqengine.kernels.conv.stream import Sink, Stream, Taps
 from seqengine.kernels.conv.workers import Work, can_share, share
 
@@ -31,7 +31,9 @@ def _method(how: Plan) -> Frames | ManyFrames | Partitions:
 def _share(u: Tensor, filters: Tensor, how: Plan, start: Callable[[], Work]) -> None:
     """Work on all blocks; what has no data has no time to gain."""
     of = (u.shape[0], u.shape[1], filters.shape[1], how, u.device.type)
-    count = workers(*of, torch.get_num_threads()) if can_share() and type(u) is Tensor else 1
+    count = num_workers(*of, torch.get_num_threads()) if type(u) is Tensor else 1
+    if count > 1 and not can_share():
+        count = 1
     share(blocks(*of, count), count, start)
 
 

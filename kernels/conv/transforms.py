@@ -9,10 +9,11 @@ that are not plain ones of a CPU, torch.fft does it.
 import ctypes
 import weakref
 from functools import cache, lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from seqengine.kernels.environment import torch_library
 
 _REAL, _IN_PLACE, _COMPLEX_COMPLEX = 33, 43, 39
 _SINGLE, _DOUBLE = "DftiCreateDescriptor_s_1d", "DftiCreateDescriptor_d_1d"
@@ -103,8 +104,6 @@ def _check(status: int) -> None:
 @cache
 def _library() -> ctypes.CDLL | None:
     """torch's own library, if it has MKL's transforms."""
-    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    if not torch.backends.mkl.is_available() or not path.is_file():
-        return None
-    library = ctypes.CDLL(str(path))
-    return library if hasattr(library, _SINGLE) and hasattr(library, "DftiComputeForward") else None
+    library = torch_library()
+    has_plans = hasattr(library, _SINGLE) and hasattr(library, "DftiComputeForward")
+    return library if torch.backends.mkl.is_available() and has_plans else None

@@ -11,12 +11,12 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import torch
 
 from seqengine.kernels.conv.plan import Block
+from seqengine.kernels.environment import torch_library
 
 Work = Callable[[Block], None]
 
@@ -79,11 +79,10 @@ def _limit_own_threads(threads: int) -> None:
 @cache
 def _set_own_threads() -> Callable[[int], object] | None:
     """OpenMP's, of the library that torch's threads come from: one that was loaded before torch goes before torch's own."""
-    own = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     if os.name != "posix":
         return None
-    for name in (None, str(own) if own.is_file() else None):
-        found: Callable[[int], object] | None = getattr(ctypes.CDLL(name), "omp_set_num_threads", None)
+    for library in (ctypes.CDLL(None), torch_library()):
+        found: Callable[[int], object] | None = getattr(library, "omp_set_num_threads", None)
         if found is not None and _takes_effect(found):
             return found
     return None

@@ -9,8 +9,7 @@ import torch
 from seqengine.kernels.api import long_conv
 from seqengine.kernels.conv import plan as plan_module
 from seqengine.kernels.conv import spectral, workers
-from seqengine.kernels.conv.plan import MOST_WORKERS, Block, Plan, blocks, plan
-from seqengine.kernels.conv.plan import workers as count_of
+from seqengine.kernels.conv.plan import MOST_WORKERS, Block, Plan, blocks, num_workers, plan
 from seqengine.kernels.conv.workers import can_share, share
 from seqengine.unfilled import Unfilling
 from tests.tolerances import assert_close
@@ -29,23 +28,15 @@ CASES = {
 
 
 @pytest.fixture
-def threads():
-    """Sets how many torch has, until the test ends."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
 def shared(monkeypatch):
     """However little there is to do."""
     monkeypatch.setattr(plan_module, "WORTH_WORKERS", 0)
 
 
 @contextmanager
-def one_after_another(threads):
+def one_after_another(set_num_threads):
     """The same blocks: MKL's transforms differ in the last digit between one row and several."""
-    threads(1)
+    set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spectral, "share", lambda blocks, _, start: share(blocks, 1, start))
         yield
@@ -72,15 +63,15 @@ def both(dy, *inputs):
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("case", CASES)
-def test_results_are_those_of_one_thread(case, gated, count, threads, shared, monkeypatch):
+def test_results_are_those_of_one_thread(case, gated, count, set_num_threads, monkeypatch):
     B, _, _, T, _ = CASES[case]
     monkeypatch.setitem(plan_module.BLOCK_ELEMENTS, "cpu", 12 * B * T)  # several blocks, of parts of groups too
     monkeypatch.setattr(plan_module, "FEW_CHANNELS", 1)
-    monkeypatch.setattr(spectral, "workers", lambda *_: count)
+    monkeypatch.setattr(spectral, "num_workers", lambda *_: count)
     given, seen = arguments(case, gated=gated), set()
-    with one_after_another(threads):
+    with one_after_another(set_num_threads):
         expected = both(*given)
-    threads(count)
+    set_num_threads(count)
     make = spectral._method
     monkeypatch.setattr(spectral, "_method", lambda how: seen.add(threading.get_ident()) or make(how))
     for actual, value in zip(both(*given), expected, strict=True):
@@ -91,7 +82,7 @@ def test_results_are_those_of_one_thread(case, gated, count, threads, shared, mo
 
 
 @needs_openmp
-def test_long_sequences_in_partitions(threads, shared, monkeypatch):
+def test_long_sequences_in_partitions(set_num_threads, monkeypatch):
     monkeypatch.setattr(plan_module, "LONGEST_TRANSFORM", 1 << 10)
     monkeypatch.setattr(plan_module, "SMALLEST_PIECE", 1 << 8)
     plan.cache_clear()
@@ -104,10 +95,10 @@ def test_long_sequences_in_partitions(threads, shared, monkeypatch):
             *[None] * 3,
         )
         assert plan(1500, 1400, "cpu").method == "partitions"
-        monkeypatch.setattr(spectral, "workers", lambda *_: 2)
-        with one_after_another(threads):
+        monkeypatch.setattr(spectral, "num_workers", lambda *_: 2)
+        with one_after_another(set_num_threads):
             expected = both(*given)
-        threads(2)
+        set_num_threads(2)
         for actual, value in zip(both(*given), expected, strict=True):
             assert torch.equal(actual, value)
     finally:
@@ -115,7 +106,7 @@ def test_long_sequences_in_partitions(threads, shared, monkeypatch):
 
 
 @needs_openmp
-def test_gradients_of_the_public_function_second_ones_too(threads, shared):
+def test_gradients_of_the_public_function_second_ones_too(set_num_threads, shared):
     def found():
         generator = torch.Generator().manual_seed(0)
         u, k, skip = (
@@ -126,16 +117,16 @@ def test_gradients_of_the_public_function_second_ones_too(threads, shared):
         first = torch.autograd.grad(y.square().sum(), (u, k, skip), create_graph=True)
         return [y, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), (u, k, skip))]
 
-    threads(1)
+    set_num_threads(1)
     expected = found()
-    threads(2)
+    set_num_threads(2)
     for actual, value in zip(found(), expected, strict=True):
         assert_close(actual, value)
 
 
 @needs_openmp
-def test_in_inference_mode_and_what_comes_out_of_it(threads, shared):
-    threads(2)
+def test_in_inference_mode_and_what_comes_out_of_it(set_num_threads, shared):
+    set_num_threads(2)
     u, k = torch.randn(1, 16, 64), torch.randn(16, 64)
     with torch.inference_mode():
         y, _ = long_conv(u, k)
@@ -147,8 +138,8 @@ def test_in_inference_mode_and_what_comes_out_of_it(threads, shared):
 
 
 @needs_openmp
-def test_threads_have_their_part_and_later_threads_have_all(threads):
-    threads(4)
+def test_threads_have_their_part_and_later_threads_have_all(set_num_threads):
+    set_num_threads(4)
     seen, both_began = [], threading.Barrier(2)
 
     def start():
@@ -216,14 +207,14 @@ def test_blocks_of_a_filter_stay_together_and_in_order():
     ids=lambda x: x.replace(" ", "-") if isinstance(x, str) else "",
 )
 def test_how_many_workers(of, threads, expected, why):
-    assert count_of(*of, threads) == expected
+    assert num_workers(*of, threads) == expected
 
 
 @pytest.mark.parametrize("points", [2**12, 2**15, 2**18, 2**20])
 def test_blocks_of_all_workers_are_bounded(points):
     how = Plan("frames", points, points // 2, 1)
     for threads in (1, 2, 8, 100):
-        at_once = count_of(1, 4096, 4096, how, "cpu", threads)
+        at_once = num_workers(1, 4096, 4096, how, "cpu", threads)
         width = max(block.groups for block in blocks(1, 4096, 4096, how, "cpu", at_once))
         assert width * at_once * points <= plan_module.LARGEST_BLOCK
 
@@ -243,8 +234,8 @@ def test_what_is_found_takes_effect_and_on_one_thread_only():
 
 
 @pytest.mark.parametrize("why", ["no OpenMP", "no data"])
-def test_one_thread_does_all_where_others_cannot(why, threads, shared, monkeypatch):
-    threads(2)
+def test_one_thread_does_all_where_others_cannot(why, set_num_threads, shared, monkeypatch):
+    set_num_threads(2)
 
     def refuse(*_):
         raise AssertionError("no thread of its own")
@@ -258,3 +249,14 @@ def test_one_thread_does_all_where_others_cannot(why, threads, shared, monkeypat
         with Unfilling():
             u, k = torch.ones(1, 16, 64), torch.ones(16, 64)
             assert spectral.convolve(u, k, None, None, None, None).shape == (1, 16, 64)
+
+
+def test_too_little_work_asks_nothing_about_threads(set_num_threads, monkeypatch):
+    set_num_threads(2)
+
+    def refuse():
+        raise AssertionError("not asked")
+
+    monkeypatch.setattr(spectral, "can_share", refuse)
+    u, k = torch.randn(1, 16, 64), torch.randn(16, 64)
+    assert spectral.convolve(u, k, None, None, None, None).shape == u.shape

@@ -65,15 +65,11 @@ def test_a_spectrum_of_another_length_is_cut_or_filled_up():
         assert_same(irfft_(spectrum.clone(), n), torch.fft.irfft(spectrum, n=n))
 
 
-def test_more_plans_than_are_kept_and_another_number_of_threads():
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 1):
-            torch.set_num_threads(threads)
-            for n in range(2, 2 * transforms.KEPT_PLANS + 12, 2):
-                assert_same(rfft_(rows_of(randn(3, n)), n), torch.fft.rfft(randn(3, n)))
-    finally:
-        torch.set_num_threads(before)
+def test_more_plans_than_are_kept_and_another_number_of_threads(set_num_threads):
+    for threads in (1, 2, 1):
+        set_num_threads(threads)
+        for n in range(2, 2 * transforms.KEPT_PLANS + 12, 2):
+            assert_same(rfft_(rows_of(randn(3, n)), n), torch.fft.rfft(randn(3, n)))
 
 
 @pytest.mark.parametrize("where", ["no library", "no data", "half"])

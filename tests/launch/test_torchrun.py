@@ -15,7 +15,6 @@ ROOT = Path(__file__).parent.parent.parent
 LAUNCHER = "import sys; from seqengine.launch.torchrun import run_local; sys.exit(run_local({arguments}))"
 HEADER = """
 import os, signal, socket, subprocess, sys, time
-from functools import partial
 from pathlib import Path
 RUN, rank = Path({folder!r}), int(os.environ["RANK"])
 life = len(list(RUN.glob(f"worker-{{rank}}-*")))
